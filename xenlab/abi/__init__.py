@@ -1,0 +1,1 @@
+"""The public interface that guest and hypervisor share: numbers, structures, flags."""

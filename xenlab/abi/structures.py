@@ -1,0 +1,109 @@
+"""Structures in memory that guest and hypervisor share, laid out as in Xen's public headers.
+
+Each is a ctypes structure of a 32-bit guest, little-endian, and can be placed over guest
+memory without a copy (``StartInfo.from_buffer(memory.frame(mfn))``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char, c_int8, c_uint8, c_uint16, c_uint32, c_uint64
+
+MAX_VCPUS = 32
+COMMAND_LINE_BYTES = 1024
+START_INFO_MAGIC = b"xen-3.0-x86_32"
+
+
+class StartInfo(ctypes.LittleEndianStructure):
+    """``start_info`` (xen.h): what a domain finds behind ESI when it starts."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("magic", c_char * 32),
+        ("nr_pages", c_uint32),
+        ("shared_info", c_uint32),
+        ("flags", c_uint32),
+        ("store_mfn", c_uint32),
+        ("store_evtchn", c_uint32),
+        ("console_mfn", c_uint32),
+        ("console_evtchn", c_uint32),
+        ("pt_base", c_uint32),
+        ("nr_pt_frames", c_uint32),
+        ("mfn_list", c_uint32),
+        ("mod_start", c_uint32),
+        ("mod_len", c_uint32),
+        ("cmd_line", c_char * COMMAND_LINE_BYTES),
+        ("first_p2m_pfn", c_uint32),
+        ("nr_p2m_frames", c_uint32),
+    )
+
+
+class VcpuTimeInfo(ctypes.LittleEndianStructure):
+    """``vcpu_time_info`` (xen.h): 32 bytes."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("version", c_uint32),
+        ("pad0", c_uint32),
+        ("tsc_timestamp", c_uint64),
+        ("system_time", c_uint64),
+        ("tsc_to_system_mul", c_uint32),
+        ("tsc_shift", c_int8),
+        ("pad1", c_int8 * 3),
+    )
+
+
+class VcpuInfo(ctypes.LittleEndianStructure):
+    """``vcpu_info`` (xen.h): 64 bytes; ``cr2`` is where a page fault's address is left."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("evtchn_upcall_pending", c_uint8),
+        ("evtchn_upcall_mask", c_uint8),
+        ("pad0", c_uint16),
+        ("evtchn_pending_sel", c_uint32),
+        ("cr2", c_uint32),
+        ("pad", c_uint32 * 5),
+        ("time", VcpuTimeInfo),
+    )
+
+
+class SharedInfo(ctypes.LittleEndianStructure):
+    """``shared_info`` (xen.h): the page that a domain and the hypervisor both write."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("vcpu_info", VcpuInfo * MAX_VCPUS),
+        ("evtchn_pending", c_uint32 * 32),
+        ("evtchn_mask", c_uint32 * 32),
+        ("wc_version", c_uint32),
+        ("wc_sec", c_uint32),
+        ("wc_nsec", c_uint32),
+        ("max_pfn", c_uint32),
+        ("pfn_to_mfn_frame_list_list", c_uint32),
+        ("nmi_reason", c_uint32),
+        ("p2m_cr3", c_uint32),
+        ("p2m_vaddr", c_uint32),
+        ("p2m_generation", c_uint32),
+        ("wc_sec_hi", c_uint32),
+    )
+
+
+class TrapInfo(ctypes.LittleEndianStructure):
+    """``trap_info`` (arch-x86/xen.h): one row of the virtual interrupt descriptor table."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("vector", c_uint8), ("flags", c_uint8), ("cs", c_uint16), ("address", c_uint32))
+
+
+class MulticallEntry(ctypes.LittleEndianStructure):
+    """``multicall_entry`` (xen.h): one call of a batch; ``result`` is written back."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("op", c_uint32), ("result", c_uint32), ("args", c_uint32 * 6))

@@ -1,0 +1,1 @@
+"""The command line: lab, check, boot, bench, grade, release, doctor."""

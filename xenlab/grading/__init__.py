@@ -1,0 +1,1 @@
+"""Checks, seeded instances, the judge and its reports."""

@@ -1,0 +1,1 @@
+"""Guest kernels: their sources, built images, and a small library for both."""

@@ -1,0 +1,1 @@
+"""Ring 0: domains, traps, hypercalls, frames and page tables, schedulers."""

@@ -1,0 +1,43 @@
+"""Finding the descriptor behind a selector, as the CPU would (paper 2.1.1).
+
+The invariant: what a selector means is read from the guest's descriptor table at the moment
+of use, and a segment that would give ring 0 is never loaded.  What breaks without it: a
+guest returns from an exception into ring 0.
+"""
+
+from __future__ import annotations
+
+from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
+from xenlab.machine.memory import Memory
+from xenlab.machine.paging import READ, Translation, walk
+from xenlab.machine.segments import Descriptor
+
+_TABLE_INDICATOR = 4
+
+
+def lookup(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
+    """The descriptor of ``selector``, or None where there is none that a guest may use."""
+    if selector < 4 or selector & _TABLE_INDICATOR or (selector | 7) > GDT_LIMIT:
+        return None
+    found = walk(memory, vcpu.state.mode, vcpu.state.cr3, GDT_BASE + (selector & ~7), READ)
+    if not isinstance(found, Translation):
+        return None
+    descriptor = Descriptor.decode(memory.qwords[found.machine >> 3])
+    return descriptor if descriptor.present and descriptor.dpl else None
+
+
+def code_for(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
+    """The code segment that a transfer to ``selector`` would load, or None if it would fault."""
+    found = lookup(memory, vcpu, selector)
+    if found is None or not found.is_code:
+        return None
+    ring = selector & 3
+    return found if found.dpl == ring or (found.is_conforming and found.dpl <= ring) else None
+
+
+def stack_for(memory: Memory, vcpu: Vcpu, selector: int, ring: int) -> Descriptor | None:
+    """The stack segment that entering ``ring`` with ``selector`` would load, or None."""
+    found = lookup(memory, vcpu, selector)
+    usable = found is not None and found.is_writable_data and found.dpl == ring == selector & 3
+    return found if usable else None

@@ -1,0 +1,155 @@
+"""Domains and their virtual CPUs: what the hypervisor keeps for each guest (paper 2.3, 3.4).
+
+A domain owns machine frames and has one or more vCPUs.  Everything here is data; the
+mechanisms that act on it stand in files of their own.
+
+The invariant: a domain's state names only frames that the domain owns.  What breaks without
+it: destroying one domain would take memory from another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from xenlab.abi.numbers import Shutdown
+from xenlab.machine.state import CpuState
+
+VECTORS = 256
+# Control and debug registers as the guest sees them at its start.
+INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
+INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr7": 0x400}
+
+
+class RunState(Enum):
+    """What a vCPU is doing; only `RUNNABLE` ones are offered to the scheduler."""
+
+    RUNNABLE = auto()
+    BLOCKED = auto()
+    PAUSED = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One registered exception handler: a row of the virtual trap table.
+
+    Attributes:
+        cs, eip: where the handler starts.
+        dpl: the outermost ring that may raise the vector by ``int``.
+        masks_events: whether entering it sets the event mask.
+    """
+
+    cs: int
+    eip: int
+    dpl: int
+    masks_events: bool
+
+
+@dataclass(slots=True, eq=False)
+class Vcpu:
+    """A virtual CPU.
+
+    Attributes:
+        key: number that schedulers and the trace know it by.
+        domain: whose it is.
+        state: registers while it is not running.
+        traps: the virtual trap table; None where no handler is registered.
+        kernel_ss, kernel_esp: stack for entries from ring 3.
+        control: virtual control and debug registers by name.
+        run_state: see `RunState`.
+    """
+
+    key: int
+    domain: Domain
+    state: CpuState
+    traps: list[Gate | None] = field(default_factory=lambda: [None] * VECTORS)
+    kernel_ss: int = 0
+    kernel_esp: int = 0
+    control: dict[str, int] = field(default_factory=lambda: INITIAL_CONTROL | INITIAL_DEBUG)
+    run_state: RunState = RunState.PAUSED
+    paused_from: RunState = RunState.RUNNABLE
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything but the memory, as plain data."""
+        return {
+            "registers": self.state.save(),
+            "traps": tuple(self.traps),
+            "kernel_stack": (self.kernel_ss, self.kernel_esp),
+            "control": dict(self.control),
+            "run_state": (self.run_state, self.paused_from),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `snapshot` gave."""
+        self.state.restore(saved["registers"])
+        self.traps = list(saved["traps"])
+        self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
+        self.control = dict(saved["control"])
+        self.run_state, self.paused_from = saved["run_state"]
+
+
+@dataclass(slots=True, eq=False)
+class Domain:
+    """A guest and what it owns.
+
+    Attributes:
+        domid: its number; 0 is the control domain.
+        name: for people.
+        frames: machine frame of each pseudo-physical frame: ``frames[pfn] == mfn``.
+        own_tables: frames the hypervisor holds on the domain's behalf, never the guest's.
+        shared_info_mfn: frame of the shared-information page.
+        privileged: whether it may use the control interface.
+        vcpus: its virtual CPUs.
+        console_out: all that it wrote to its console.
+        console_in: what was typed and not yet read.
+        shutdown: why it ended, None while it has not.
+        report: the crash report, empty when it did not crash.
+        symbols: names of its addresses, for disassembly and reports.
+    """
+
+    domid: int
+    name: str
+    frames: list[int]
+    own_tables: list[int]
+    shared_info_mfn: int
+    privileged: bool = False
+    vcpus: list[Vcpu] = field(default_factory=list)
+    console_out: bytearray = field(default_factory=bytearray)
+    console_in: bytearray = field(default_factory=bytearray)
+    shutdown: Shutdown | None = None
+    report: str = ""
+    symbols: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def console(self) -> str:
+        """What it wrote to its console, as text; bytes that are not UTF-8 are shown as escapes."""
+        return self.console_out.decode("utf-8", "backslashreplace")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has shut down or crashed."""
+        return self.shutdown is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether a fault of its own ended it."""
+        return self.shutdown is Shutdown.CRASH
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything but the memory, as plain data."""
+        return {
+            "frames": tuple(self.frames),
+            "console": (bytes(self.console_out), bytes(self.console_in)),
+            "end": (self.shutdown, self.report),
+            "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `snapshot` gave."""
+        self.frames = list(saved["frames"])
+        self.console_out, self.console_in = (bytearray(part) for part in saved["console"])
+        self.shutdown, self.report = saved["end"]
+        for vcpu, state in zip(self.vcpus, saved["vcpus"], strict=True):
+            vcpu.restore(state)

@@ -1,0 +1,167 @@
+"""Privileged instructions of the guest's kernel, carried out for it (paper 2.1.2).
+
+The problem: a kernel in ring 1 still contains instructions that only ring 0 may execute.
+They fault, and the hypervisor either does for the guest what the instruction was meant to
+do, on the guest's virtual registers, or hands the fault to the guest.
+
+Which are carried out is what Xen carries out for paravirtualized kernels: CLTS, WBINVD, moves
+to and from control and debug registers, RDMSR, WRMSR, RDTSC, and CLI and STI where the guest
+has I/O privilege.  Everything else (HLT, LGDT, LIDT, LMSW, INVLPG, IN, OUT ...) is #GP to the
+guest, whose port to Xen replaced it by a hypercall.
+
+The invariant: an emulated instruction changes only the guest's own virtual state, and one
+that asks for something the guest may not have changes nothing.  What breaks without it: a
+guest turns off write protection for everyone by a move to CR0.
+
+The part takes and returns plain values, so a student's fits the same slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+Values = Mapping[str, int]
+
+GENERAL = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
+CR0_TS = 0x8
+# CR4 bits that a guest may ask for; asking changes nothing on the machine.
+CR4_ALLOWED = 0x4 | 0x80 | 0x200 | 0x400
+MSR_EFER, EFER_NXE = 0xC000_0080, 0x800
+_LOCK, _OPERAND_SIZE, _SEGMENT_PREFIXES = 0xF0, 0x66, (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65)
+
+
+class Emulator(Protocol):
+    """The slot for emulation of privileged instructions."""
+
+    def emulate(self, code: bytes, registers: Values, system: Values) -> Values | None:
+        """Decide about one instruction that raised #GP.
+
+        Args:
+            code: up to 15 bytes, beginning with the instruction.
+            registers: the eight general registers, ``eip`` and ``eflags``.
+            system: ``ring`` (1 kernel, 3 application), ``iopl``, ``tsc`` (64 bits), and the
+                virtual ``cr0 cr2 cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7``.
+
+        Returns:
+            What changes, by name, among registers and virtual control and debug registers,
+            with ``eip`` behind the instruction; or None to hand #GP to the guest.
+        """
+        ...
+
+
+class PrivilegedInstructions:
+    """Xen's choice of emulated instructions."""
+
+    def emulate(self, code: bytes, registers: Values, system: Values) -> Values | None:
+        length, opcode = decode(code)
+        handler = _HANDLERS.get(opcode)
+        if handler is None:
+            return None
+        operand = code[length] if len(code) > length else 0
+        changes = handler(operand, registers, system)
+        if changes is None:
+            return None
+        length += 1 if opcode in _WITH_OPERAND else 0
+        return {**changes, "eip": registers["eip"] + length & 0xFFFF_FFFF}
+
+
+def decode(code: bytes) -> tuple[int, int]:
+    """Length of prefixes and opcode, and the opcode (0x0Fxx for two bytes); 0 if unknown."""
+    at = 0
+    while at < len(code) and code[at] in (_OPERAND_SIZE, *_SEGMENT_PREFIXES):
+        at += 1
+    if at >= len(code) or code[at] == _LOCK:
+        return at, 0
+    if code[at] == 0x0F and at + 1 < len(code):
+        return at + 2, 0x0F00 | code[at + 1]
+    return at + 1, code[at]
+
+
+def _kernel_only(
+    handler: Callable[[int, Values, Values], Values | None],
+) -> Callable[[int, Values, Values], Values | None]:
+    def checked(operand: int, registers: Values, system: Values) -> Values | None:
+        return handler(operand, registers, system) if system["ring"] < 3 else None
+
+    return checked
+
+
+def _interrupt_flag(_operand: int, _registers: Values, system: Values) -> Values | None:
+    # The guest's real switch for events is the mask in its shared page; with I/O privilege
+    # CLI and STI pass without effect, as in Xen, since POPF could not be caught anyway.
+    return {} if system["iopl"] >= system["ring"] else None
+
+
+def _clts(_operand: int, _registers: Values, system: Values) -> Values:
+    return {"cr0": system["cr0"] & ~CR0_TS}
+
+
+def _nothing(_operand: int, _registers: Values, _system: Values) -> Values:
+    return {}
+
+
+def _read_control(operand: int, _registers: Values, system: Values) -> Values | None:
+    value = system.get(f"cr{operand >> 3 & 7}")
+    return None if value is None else {GENERAL[operand & 7]: value}
+
+
+def _write_control(operand: int, registers: Values, system: Values) -> Values | None:
+    name, value = f"cr{operand >> 3 & 7}", registers[GENERAL[operand & 7]]
+    if name == "cr0":
+        # Task-switched is the guest's own business; every other bit belongs to the machine.
+        return {"cr0": value} if (value ^ system["cr0"]) & ~CR0_TS == 0 else None
+    if name == "cr2":
+        return {"cr2": value}
+    if name == "cr3":
+        return {} if value == system["cr3"] else None
+    if name == "cr4":
+        return {"cr4": value} if value & ~CR4_ALLOWED == 0 else None
+    return None
+
+
+def _read_debug(operand: int, _registers: Values, system: Values) -> Values | None:
+    value = system.get(_debug_name(operand))
+    return None if value is None else {GENERAL[operand & 7]: value}
+
+
+def _write_debug(operand: int, registers: Values, _system: Values) -> Values | None:
+    name, value = _debug_name(operand), registers[GENERAL[operand & 7]]
+    if name == "dr7":
+        # No hardware breakpoints: a value that would arm one is refused.
+        return {"dr7": 0x400} if value & 0xFF == 0 else None
+    return {"dr6": value & 0xE00F | 0xFFFF_0FF0} if name == "dr6" else {name: value}
+
+
+def _debug_name(operand: int) -> str:
+    number = operand >> 3 & 7
+    return f"dr{number + 2 if number in (4, 5) else number}"
+
+
+def _read_tsc(_operand: int, _registers: Values, system: Values) -> Values:
+    return {"eax": system["tsc"] & 0xFFFF_FFFF, "edx": system["tsc"] >> 32 & 0xFFFF_FFFF}
+
+
+def _read_msr(_operand: int, registers: Values, _system: Values) -> Values | None:
+    return {"eax": EFER_NXE, "edx": 0} if registers["ecx"] == MSR_EFER else None
+
+
+def _write_msr(_operand: int, registers: Values, _system: Values) -> Values | None:
+    unchanged = registers["ecx"] == MSR_EFER and registers["eax"] == EFER_NXE and registers["edx"] == 0
+    return {} if unchanged else None
+
+
+_HANDLERS: dict[int, Callable[[int, Values, Values], Values | None]] = {
+    0xFA: _interrupt_flag,
+    0xFB: _interrupt_flag,
+    0x0F06: _kernel_only(_clts),
+    0x0F09: _kernel_only(_nothing),
+    0x0F20: _kernel_only(_read_control),
+    0x0F21: _kernel_only(_read_debug),
+    0x0F22: _kernel_only(_write_control),
+    0x0F23: _kernel_only(_write_debug),
+    0x0F30: _kernel_only(_write_msr),
+    0x0F31: _read_tsc,
+    0x0F32: _kernel_only(_read_msr),
+}
+_WITH_OPERAND = frozenset((0x0F20, 0x0F21, 0x0F22, 0x0F23))

@@ -1,0 +1,133 @@
+"""Hypercalls: one table from number to function (paper 3.1).
+
+The problem: a guest kernel asks the hypervisor for an operation as an application asks a
+kernel: by a software interrupt, with a number in EAX and up to six arguments in EBX, ECX, EDX,
+ESI, EDI and EBP.  The answer comes back in EAX: zero or more, or a negated errno.
+
+The invariant: whatever the arguments, a hypercall either does its whole work or returns an
+errno and leaves everything as it was; nothing that a guest passes can raise further than
+`HypercallTable.call`.  What breaks without it: one domain's mistake stops all.
+
+Guests do not write ``int 0x82`` themselves but call into the hypercall page, which the
+hypervisor fills in, so that the way in can change without the guest knowing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from xenlab.abi.numbers import HYPERCALL_VECTOR, HYPERCALLS, Errno, Hypercall
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.guest_memory import GuestMemory
+from xenlab.machine.memory import PAGE_SIZE
+
+Handler = Callable[..., int]
+_STUB_BYTES = 32
+_MULTICALL_ENTRY = 32
+MAX_MULTICALL = 4096
+
+
+class HypercallPart(Protocol):
+    """The slot for one hypercall written in terms of plain values (lesson 03)."""
+
+    def call(
+        self, arguments: tuple[int, ...], read: Callable[[int, int], bytes | None]
+    ) -> tuple[int, Mapping[int, bytes]]:
+        """Answer one call.
+
+        Args:
+            arguments: EBX, ECX, EDX, ESI, EDI and EBP.
+            read: ``read(address, length)`` gives the guest's memory, None where it has none.
+
+        Returns:
+            The result (0 or more, or a negated errno), and what to write into the guest's
+            memory, by address.  Where one write cannot be done none is, and the guest gets -EFAULT.
+        """
+        ...
+
+
+class HypercallTable:
+    """Number to function, and the rules that hold for all of them."""
+
+    def __init__(self, guest_memory: GuestMemory) -> None:
+        self._guest = guest_memory
+        self._table: list[tuple[Handler, int] | None] = [None] * HYPERCALLS
+        self.register(Hypercall.multicall, self._multicall, 2)
+
+    def register(self, number: int, handler: Handler, arguments: int) -> None:
+        """Serve ``number`` by ``handler(vcpu, *arguments)``, of which it takes so many."""
+        self._table[number] = (handler, arguments)
+
+    def register_part(self, number: int, part: HypercallPart) -> None:
+        """Serve ``number`` by a part that takes and returns plain values."""
+
+        def handler(vcpu: Vcpu, *arguments: int) -> int:
+            result, writes = part.call(arguments, lambda at, size: self._read_or_none(vcpu, at, size))
+            for address, data in writes.items():
+                self._guest.check_writable(vcpu, address, len(data))
+            for address, data in writes.items():
+                self._guest.write(vcpu, address, data)
+            return result
+
+        self.register(number, handler, 6)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers that are served."""
+        return [number for number, entry in enumerate(self._table) if entry is not None]
+
+    def call(self, vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
+        """Do one hypercall; the result as a signed number."""
+        entry = self._table[number] if number < HYPERCALLS else None
+        if entry is None:
+            return -Errno.ENOSYS
+        handler, count = entry
+        try:
+            return handler(vcpu, *arguments[:count])
+        except HypercallError as refusal:
+            return -refusal.errno
+
+    def _multicall(self, vcpu: Vcpu, address: int, count: int) -> int:
+        """Do ``count`` calls from an array of entries, each with its result written back."""
+        if count > MAX_MULTICALL:
+            raise HypercallError(Errno.EINVAL)
+        self._guest.check_writable(vcpu, address, count * _MULTICALL_ENTRY)
+        for at in range(address, address + count * _MULTICALL_ENTRY, _MULTICALL_ENTRY):
+            words = memoryview(self._guest.read(vcpu, at, _MULTICALL_ENTRY)).cast("I")
+            result = self._multicall_entry(vcpu, words[0], tuple(words[2:8]))
+            self._guest.write(vcpu, at + 4, (result & 0xFFFF_FFFF).to_bytes(4, "little"))
+            if vcpu.domain.ended:
+                break
+        return 0
+
+    def _multicall_entry(self, vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
+        # A batch inside a batch would let a guest build work of any depth; IRET would leave the batch.
+        if number in (Hypercall.multicall, Hypercall.iret):
+            return -Errno.EINVAL
+        return self.call(vcpu, number, arguments)
+
+    def _read_or_none(self, vcpu: Vcpu, address: int, length: int) -> bytes | None:
+        try:
+            return self._guest.read(vcpu, address, length)
+        except HypercallError:
+            return None
+
+
+def hypercall_page() -> bytes:
+    """The page of stubs, 32 bytes each; a guest calls ``page + 32 * number``.
+
+    All are ``mov eax, number; int 0x82; ret``, but that for IRET first saves EAX, which it
+    would otherwise lose, and does not return (Xen's arch/x86/pv/hypercall.c).
+    """
+    page = bytearray(b"\xcc" * PAGE_SIZE)
+    for number in range(PAGE_SIZE // _STUB_BYTES):
+        stub = b"\xb8" + number.to_bytes(4, "little") + bytes((0xCD, HYPERCALL_VECTOR)) + b"\xc3"
+        if number == Hypercall.iret:
+            stub = b"\x50" + stub[:-1]
+        page[number * _STUB_BYTES : number * _STUB_BYTES + len(stub)] = stub
+    return bytes(page)
+
+
+__all__ = ["HypercallPart", "HypercallTable", "hypercall_page"]

@@ -1,0 +1,147 @@
+"""The hypercalls that need no mechanism of their own: traps, stack, console, version, scheduling.
+
+Each function is one hypercall: it checks its arguments, and then acts.  The numbers, argument
+orders and errnos are Xen's (xen.h, sched.h, version.h).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenlab.abi.numbers import ConsoleIo, Errno, Hypercall, SchedOp, Shutdown, XenVersion
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.domain import VECTORS, Vcpu
+from xenlab.hypervisor.layout import start_of
+from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.traps import Undeliverable, checked_selector, gates_from_table
+from xenlab.machine.memory import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from xenlab.hypervisor.core import Hypervisor
+
+XEN_MAJOR, XEN_MINOR, EXTRA_VERSION = 4, 17, b".0-xenlab"
+CAPABILITIES = b"xen-3.0-x86_32 xen-3.0-x86_32p "
+_CONSOLE_LIMIT = 16 * PAGE_SIZE
+_TRAP_INFO = 8
+_FEATURES = 1 << 4 | 1 << 5 | 1 << 16  # pae_pgdir_above_4gb, mmu_pt_update_preserve_ad, not_direct_mapped
+
+
+class Services:
+    """Hypercalls served by the hypervisor itself."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._xen = hypervisor
+        self._guest = hypervisor.guest_memory
+        table = hypervisor.hypercalls
+        table.register(Hypercall.set_trap_table, self.set_trap_table, 1)
+        table.register(Hypercall.stack_switch, self.stack_switch, 2)
+        table.register(Hypercall.iret, self.iret, 0)
+        table.register(Hypercall.console_io, self.console_io, 3)
+        table.register(Hypercall.xen_version, self.xen_version, 2)
+        table.register(Hypercall.sched_op, self.sched_op, 2)
+
+    def set_trap_table(self, vcpu: Vcpu, address: int) -> int:
+        """Register exception handlers from an array of ``trap_info`` that ends with address 0.
+
+        A null pointer unregisters all.  An array that cannot be read to its end changes nothing.
+        """
+        if not address:
+            vcpu.traps = [None] * VECTORS
+            return 0
+        for vector, gate in gates_from_table(self._trap_rows(vcpu, address)).items():
+            vcpu.traps[vector] = gate
+        return 0
+
+    def _trap_rows(self, vcpu: Vcpu, address: int) -> list[tuple[int, int, int, int]]:
+        rows: list[tuple[int, int, int, int]] = []
+        # A row more than there are vectors: the terminator of a full table.
+        for number in range(VECTORS + 1):
+            row = self._guest.read(vcpu, address + number * _TRAP_INFO, _TRAP_INFO)
+            handler = int.from_bytes(row[4:], "little")
+            if not handler:
+                break
+            rows.append((row[0], row[1], int.from_bytes(row[2:4], "little"), handler))
+        return rows
+
+    def stack_switch(self, vcpu: Vcpu, ss: int, esp: int) -> int:
+        """Set the stack on which the kernel is entered from ring 3."""
+        vcpu.kernel_ss, vcpu.kernel_esp = checked_selector(ss & 0xFFFF), esp
+        return 0
+
+    def iret(self, vcpu: Vcpu) -> int:
+        """Return from an exception handler; the answer is the EAX that the frame held."""
+        try:
+            ring, eax = self._xen.traps.iret(vcpu)
+        except Undeliverable as reason:
+            self._xen.crash(vcpu, str(reason))
+            return 0
+        self._xen.record(Kind.IRET, vcpu.domain.domid, ring, vcpu.state.eip)
+        return eax
+
+    def console_io(self, vcpu: Vcpu, command: int, count: int, address: int) -> int:
+        """Write to or read from the domain's console.
+
+        Returns:
+            0 for a write; for a read the number of bytes, which may be 0.
+        """
+        # The count is a signed int of Xen's; a huge one is a negative one.
+        if count > _CONSOLE_LIMIT:
+            raise HypercallError(Errno.EINVAL)
+        domain = vcpu.domain
+        if command == ConsoleIo.WRITE:
+            data = self._guest.read(vcpu, address, count)
+            domain.console_out += data
+            self._xen.record(Kind.CONSOLE, domain.domid, data)
+            return 0
+        if command == ConsoleIo.READ:
+            data = bytes(domain.console_in[:count])
+            self._guest.write(vcpu, address, data)
+            del domain.console_in[: len(data)]
+            return len(data)
+        raise HypercallError(Errno.ENOSYS)
+
+    def xen_version(self, vcpu: Vcpu, command: int, address: int) -> int:
+        """Tell the guest what it runs on."""
+        if command == XenVersion.VERSION:
+            return XEN_MAJOR << 16 | XEN_MINOR
+        if command == XenVersion.PAGESIZE:
+            return PAGE_SIZE
+        if command == XenVersion.GET_FEATURES:
+            index = self._guest.read_word(vcpu, address)
+            self._guest.write(vcpu, address + 4, (0 if index else _FEATURES).to_bytes(4, "little"))
+            return 0
+        answer = self._version_answer(vcpu, command)
+        if answer is None:
+            raise HypercallError(Errno.ENOSYS)
+        self._guest.write(vcpu, address, answer)
+        return 0
+
+    def _version_answer(self, vcpu: Vcpu, command: int) -> bytes | None:
+        compiled = (b"xenlab".ljust(64, b"\0"), b"xenlab".ljust(16, b"\0"), bytes(32), bytes(32))
+        start = start_of(vcpu.state.mode)
+        answers: dict[int, bytes] = {
+            XenVersion.EXTRAVERSION: EXTRA_VERSION.ljust(16, b"\0"),
+            XenVersion.COMPILE_INFO: b"".join(compiled),
+            XenVersion.CAPABILITIES: CAPABILITIES.ljust(1024, b"\0"),
+            XenVersion.CHANGESET: bytes(64),
+            XenVersion.PLATFORM_PARAMETERS: start.to_bytes(4, "little"),
+            XenVersion.GUEST_HANDLE: vcpu.domain.domid.to_bytes(16, "little"),
+            XenVersion.COMMANDLINE: bytes(1024),
+        }
+        return answers.get(command)
+
+    def sched_op(self, vcpu: Vcpu, command: int, address: int) -> int:
+        """Yield the CPU, block until something happens, or end the domain."""
+        if command == SchedOp.YIELD:
+            self._xen.reschedule()
+        elif command == SchedOp.BLOCK:
+            self._xen.traps.set_event_mask(vcpu, 0)
+            self._xen.block(vcpu)
+        elif command == SchedOp.SHUTDOWN:
+            reason = self._guest.read_word(vcpu, address) & 0xFF
+            if reason > max(Shutdown):
+                raise HypercallError(Errno.EINVAL)
+            self._xen.shut_down(vcpu.domain, Shutdown(reason))
+        else:
+            raise HypercallError(Errno.ENOSYS)
+        return 0

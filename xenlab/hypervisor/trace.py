@@ -1,0 +1,118 @@
+"""What happened, as it happens: the record that views, replay and grading read.
+
+The problem: a picture of a run must come from the run, and recording must not change it or
+slow it to a crawl.  So an event is one tuple of plain values, kept in a ring of fixed size;
+nothing is formatted until somebody looks.
+
+The invariant: the same run gives the same events, to the bit, on every machine; an event
+holds nothing that depends on the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+NO_DOMAIN = -1
+DEFAULT_CAPACITY = 1 << 17
+
+
+class Kind(IntEnum):
+    """Kinds of event, and the values that follow time, kind and domain in each."""
+
+    TRAP = 0  # vector, error code, address, registers, eip, ring
+    HYPERCALL = 1  # number, registers, eip
+    RETURN = 2  # number, result
+    EMULATE = 3  # code bytes, eip, changes as a tuple of (name, value)
+    DELIVER = 4  # vector, from ring, to ring, handler's eip, frame address, frame words
+    IRET = 5  # to ring, eip
+    SWITCH = 6  # from vcpu, to vcpu (-1: none), slice in instructions
+    CONSOLE = 7  # bytes written
+    DOMAIN = 8  # what happened to it, in one word
+    CRASH = 9  # reason
+    INPUT = 10  # description of something from outside
+
+
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    Kind.TRAP: ("vector", "error", "address", "registers", "eip", "ring"),
+    Kind.HYPERCALL: ("number", "registers", "eip"),
+    Kind.RETURN: ("number", "result"),
+    Kind.EMULATE: ("code", "eip", "changes"),
+    Kind.DELIVER: ("vector", "from_ring", "to_ring", "handler", "frame", "words"),
+    Kind.IRET: ("to_ring", "eip"),
+    Kind.SWITCH: ("from_vcpu", "to_vcpu", "slice"),
+    Kind.CONSOLE: ("data",),
+    Kind.DOMAIN: ("change",),
+    Kind.CRASH: ("reason",),
+    Kind.INPUT: ("what",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One decoded event.
+
+    Attributes:
+        time: instructions begun on the CPU when it happened.
+        kind: what it is.
+        domain: the domain's id, -1 for none.
+        values: the rest, by name; see `FIELDS`.
+    """
+
+    time: int
+    kind: Kind
+    domain: int
+    values: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(f"a {self.kind.name} event has no {name!r}; it has {sorted(self.values)}") from None
+
+
+class Trace:
+    """A ring of events.
+
+    Args:
+        capacity: how many events are kept; the oldest go first.
+
+    Attributes:
+        record: append one event tuple ``(time, kind, domain, *values)``.
+        total: how many events were ever recorded.
+    """
+
+    __slots__ = ("_dropped", "_ring", "record")
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        self._ring: deque[tuple[Any, ...]] = deque(maxlen=capacity)
+        self.record = self._ring.append
+
+    def raw(self) -> list[tuple[Any, ...]]:
+        """The events that are kept, oldest first, as they were recorded."""
+        return list(self._ring)
+
+    def events(self, kind: Kind | None = None) -> list[Event]:
+        """The events that are kept, decoded, oldest first; only those of ``kind`` if given."""
+        return [decode(raw) for raw in self._ring if kind is None or raw[1] == kind]
+
+    def truncate(self, time: int) -> None:
+        """Forget events at or after ``time``: those that a replay will make again."""
+        ring = self._ring
+        while ring and ring[-1][0] >= time:
+            ring.pop()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._ring.clear()
+
+    def __len__(self) -> int:
+        return len(self._ring)
+
+
+def decode(raw: tuple[Any, ...]) -> Event:
+    """An event from the tuple that was recorded."""
+    kind = Kind(raw[1])
+    return Event(raw[0], kind, raw[2], dict(zip(FIELDS[kind], raw[3:], strict=True)))

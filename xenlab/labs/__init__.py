@@ -1,0 +1,1 @@
+"""What a lesson imports: one scene per chapter, ready to run."""

@@ -1,0 +1,1 @@
+"""The hardware: CPU, memory, paging, segments, assembler, disassembler."""

@@ -1,0 +1,299 @@
+"""The CPU: runs guest code until a trap, and hands every trap to one handler.
+
+The problem: the hypervisor must see each exception and software interrupt with the guest's
+registers at hand, change what it likes, and let the guest, or another one, go on.  And it
+must be able to run exactly N instructions, so that any run can be repeated and stepped.
+
+How a trap goes: Unicorn calls back with a vector; the context is saved into the running
+state; the handler gets vector, error code and address, and works on `Cpu.state`; the context
+of whatever state is then current is restored.  A domain switch is `Cpu.load` of another
+state inside the handler; the engine never leaves its loop.
+
+The invariant: time is the number of instructions begun, as the engine counts them, and it
+does not depend on how a run is cut into slices.  What breaks without it: replay (lesson 00),
+preemption at the same instruction on every machine, and every grade.
+
+`ProbedCpu` works through offsets that were probed (`layout`); `PortableCpu` gives the same
+results through Unicorn's public calls alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from unicorn import x86_const as x86
+
+from xenlab.errors import MachineError
+from xenlab.machine.cpuid import cpuid
+from xenlab.machine.engine import Context, Engine, context_restore, context_save
+from xenlab.machine.interrupts import deferred_interrupts
+from xenlab.machine.layout import Layout
+from xenlab.machine.memory import Memory
+from xenlab.machine.paging import PAE, PagingMode
+from xenlab.machine.state import ContextState, CpuState
+
+TrapHandler = Callable[[int, int, int], None]
+
+DIVIDE, DEBUG, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 3, 4, 6, 7, 8
+INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT, MACHINE_CHECK = 10, 11, 12, 13, 14, 17, 18
+WITH_ERROR_CODE = frozenset((DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT))
+
+# About 10 ms of guest code, so that Ctrl-C is noticed; the public limit is 20 ms.
+SLICE = 400_000
+
+CR0 = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
+CR4_TSD, CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 0x4, 0x20, 0x200, 0x400
+_EFER, _EFER_NXE = 0xC000_0080, 0x800
+
+
+class Cpu(Protocol):
+    """What the hypervisor and the timeline use of a CPU."""
+
+    handler: TrapHandler
+    state: Any
+
+    @property
+    def instructions(self) -> int:
+        """Instructions begun since power-on; right inside a handler, too."""
+        ...
+
+    @instructions.setter
+    def instructions(self, value: int) -> None: ...
+
+    def new_state(self, mode: PagingMode, cr3: int) -> CpuState:
+        """Registers for a new vCPU: ring 0, zeros, paging on."""
+        ...
+
+    def load(self, state: CpuState) -> None:
+        """Make ``state`` the one that runs next and flush the TLB."""
+        ...
+
+    deadline: int
+
+    def run_until(self, end: int) -> None:
+        """Run until ``instructions`` reaches ``end`` or ``deadline``, or the handler calls `stop`."""
+        ...
+
+    def stop(self) -> None:
+        """From the handler: end the run after this trap."""
+        ...
+
+    def flush_tlb(self) -> None:
+        """Forget all cached translations before the next instruction."""
+        ...
+
+    def forget_code(self, begin: int, end: int) -> None:
+        """Forget code translated from machine addresses ``begin`` to ``end``, which Python changed."""
+        ...
+
+
+class ProbedCpu:
+    """A CPU whose traps are taken inside the engine's hook, through probed offsets.
+
+    Attributes:
+        handler: called as ``handler(vector, error_code, address)`` for each trap; the address
+            is that of a page fault, else 0.
+        state: the registers that run, or will run next.
+    """
+
+    handler: TrapHandler
+    state: ContextState
+
+    def __init__(self, memory: Memory, layout: Layout) -> None:
+        self.memory = memory
+        self._engine = Engine(memory)
+        self._layout = layout
+        words = (ctypes.c_uint64 * 2).from_address(self._engine.handle + layout.counter)
+        # [0] counts instructions begun in this slice, [1] is the limit.
+        self._counter = memoryview(words).cast("B").cast("Q")
+        self._base = 0
+        self._end = 0
+        self._deadline = 0
+        self._running = False
+        self._stopping: int | None = None
+        self._failure: BaseException | None = None
+        self._leaving: Context | None = None
+        self._leaving_vector = 0
+        self._flush = True
+        power_on(self._engine)
+        self._install_hooks()
+
+    def new_state(self, mode: PagingMode, cr3: int) -> ContextState:
+        set_paging(self._engine, mode)
+        self._flush = True
+        return ContextState(self._engine, self._layout, mode, cr3)
+
+    def set_gdt(self, base: int, limit: int) -> None:
+        """Point GDTR of all states made from now on at linear address ``base``."""
+        self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
+
+    @property
+    def instructions(self) -> int:
+        return self._base + self._counter[0] if self._running else self._base
+
+    @instructions.setter
+    def instructions(self, value: int) -> None:
+        self._base = value
+
+    def load(self, state: ContextState) -> None:
+        self.state = state
+        self._flush = True
+
+    def flush_tlb(self) -> None:
+        self._flush = True
+
+    def forget_code(self, begin: int, end: int) -> None:
+        self._engine.uc.ctl_remove_cache(begin, end)
+
+    def stop(self) -> None:
+        if self._running and self._stopping is None:
+            self._stopping = self._counter[0]
+            self._engine.stop()
+
+    @property
+    def deadline(self) -> int:
+        """Time at which the run ends at the latest; may be changed from the handler."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, time: int) -> None:
+        self._deadline = time
+        if self._running:
+            # Never below what was already begun, and never past the slice.
+            allowed = min(self._end, time) - self._base
+            self._counter[1] = max(self._counter[0], min(allowed, SLICE))
+
+    def run_until(self, end: int) -> None:
+        self._end = end
+        self._stopping = None
+        with deferred_interrupts() as mark:
+            while self._stopping is None and (left := min(end, self._deadline) - self._base) > 0:
+                self._slice(min(left, SLICE))
+                mark.check()
+
+    def _slice(self, count: int) -> None:
+        self._resume()
+        self._running = True
+        before = self._counter[0] = 0
+        status = self._engine.start(self.state.eip, count)
+        self._running = False
+        reached = self._counter[0] if self._stopping is None else self._stopping
+        self._base += min(reached, self._counter[1])
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        context_save(self._engine.handle, self.state.pointer)
+        if self._leaving is not None:
+            self._leave()
+        elif status or reached <= before:
+            self._trap_outside(MACHINE_CHECK)
+
+    def _resume(self) -> None:
+        context_restore(self._engine.handle, self.state.pointer)
+        if self._flush:
+            self._flush = False
+            self._engine.write("cr3", self.state.cr3)
+
+    def _leave(self) -> None:
+        """Take the trap of an instruction whose hook cannot redirect the guest."""
+        assert self._leaving is not None
+        context_restore(self._engine.handle, self._leaving.pointer)
+        context_save(self._engine.handle, self.state.pointer)
+        self._leaving = None
+        self._stopping = None
+        self._trap_outside(self._leaving_vector)
+
+    def _trap_outside(self, vector: int) -> None:
+        self.state.old_exception[0] = -1
+        self.handler(vector, 0, 0)
+
+    def _install_hooks(self) -> None:
+        engine = self._engine
+        handle = engine.handle
+
+        def on_interrupt(_engine: int, vector: int, _data: int) -> None:
+            state = self.state
+            context_save(handle, state.pointer)
+            try:
+                if vector >= 32:
+                    self.handler(vector, 0, 0)
+                else:
+                    self._exception(state, vector)
+            except BaseException as failure:
+                self._fail(failure)
+            context_restore(handle, self.state.pointer)
+            if self._flush:
+                self._flush = False
+                engine.write("cr3", self.state.cr3)
+
+        def on_invalid(_engine: int, _data: int) -> bool:
+            on_interrupt(0, INVALID_OPCODE, 0)
+            return True
+
+        engine.on_interrupt(on_interrupt)
+        engine.on_invalid(on_invalid)
+        install_instruction_hooks(engine, self._begin_leaving)
+
+    def _exception(self, state: ContextState, vector: int) -> None:
+        state.old_exception[0] = -1
+        error = state.error_code[0] if vector in WITH_ERROR_CODE else 0
+        self.handler(vector, error, state.cr2 if vector == PAGE_FAULT else 0)
+
+    def _begin_leaving(self, vector: int) -> None:
+        self._leaving = Context(self._engine)
+        self._leaving_vector = vector
+        self.stop()
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self.stop()
+
+
+def power_on(engine: Engine) -> None:
+    """Put the engine's CPU into the state that all vCPUs start from."""
+    engine.uc.msr_write(_EFER, _EFER_NXE)
+    engine.write("cr0", CR0)
+
+
+def set_paging(engine: Engine, mode: PagingMode) -> None:
+    """Choose the page-table format; time-stamp reads trap outside ring 0."""
+    pae = CR4_PAE if mode is PAE else 0
+    engine.write("cr4", CR4_TSD | CR4_OSFXSR | CR4_OSXMMEXCPT | pae)
+
+
+def install_instruction_hooks(engine: Engine, leave: Callable[[int], None]) -> None:
+    """CPUID answers from our table; IN, OUT, SYSCALL and SYSENTER leave the engine as faults.
+
+    ``leave(vector)`` is called with the machine as it was before the instruction.
+    """
+
+    def on_cpuid(uc: Any, _data: Any) -> int:
+        answers = cpuid(uc.reg_read(x86.UC_X86_REG_EAX), uc.reg_read(x86.UC_X86_REG_ECX))
+        for register, value in zip(("eax", "ebx", "ecx", "edx"), answers, strict=True):
+            engine.write(register, value)
+        return 1
+
+    def on_in(uc: Any, _port: int, _size: int, _data: Any) -> int:
+        leave(PROTECTION)
+        value: int = uc.reg_read(x86.UC_X86_REG_EAX)
+        return value
+
+    def on_out(_uc: Any, _port: int, _size: int, _value: int, _data: Any) -> None:
+        leave(PROTECTION)
+
+    def on_syscall(_uc: Any, _data: Any) -> None:
+        leave(INVALID_OPCODE)
+
+    def on_sysenter(_uc: Any, _data: Any) -> None:
+        leave(PROTECTION)
+
+    engine.on_instruction(x86.UC_X86_INS_CPUID, on_cpuid)
+    engine.on_instruction(x86.UC_X86_INS_IN, on_in)
+    engine.on_instruction(x86.UC_X86_INS_OUT, on_out)
+    engine.on_instruction(x86.UC_X86_INS_SYSCALL, on_syscall)
+    engine.on_instruction(x86.UC_X86_INS_SYSENTER, on_sysenter)
+
+
+__all__ = ["Cpu", "CpuState", "MachineError", "ProbedCpu", "TrapHandler"]

@@ -1,0 +1,158 @@
+"""libunicorn through ctypes: the few calls that a trap needs, without the binding's overhead.
+
+The problem: the Python binding of Unicorn wraps each callback and each register access in
+checks and conversions that cost several times the call itself.  A trap is the hypervisor's
+unit of work, so the calls that one trap makes are bound here by hand, once.  Everything
+that is not on that path goes through the binding.
+
+The invariant: an exception never crosses from Python into libunicorn, where ctypes would
+swallow it.  `Cpu` catches it in the callback, stops the engine and raises it again outside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import unicorn
+from unicorn import x86_const as x86
+from unicorn.unicorn_py3.unicorn import uclib
+
+from xenlab.errors import MachineError
+from xenlab.machine.memory import Memory
+
+ENGINE_VERSION = "2.1.4"
+
+_ptr = ctypes.c_void_p
+INTERRUPT_CALLBACK = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint32, _ptr)
+INVALID_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, _ptr, _ptr)
+
+GENERAL = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
+SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+REGISTER_IDS: dict[str, int] = {
+    name: getattr(x86, f"UC_X86_REG_{name.upper()}")
+    for name in (*GENERAL, *SEGMENTS, "eip", "eflags", "cr0", "cr2", "cr3", "cr4")
+}
+
+
+def _function(name: str, *arguments: Any) -> Callable[..., int]:
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
+    function: Callable[..., int] = prototype((name, uclib))
+    return function
+
+
+context_save = _function("uc_context_save", _ptr, _ptr)
+context_restore = _function("uc_context_restore", _ptr, _ptr)
+context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
+context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
+_emu_start = _function("uc_emu_start", _ptr, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t)
+_emu_stop = _function("uc_emu_stop", _ptr)
+_mem_map_ptr = _function("uc_mem_map_ptr", _ptr, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32, _ptr)
+_hook_add = _function(
+    "uc_hook_add", _ptr, ctypes.POINTER(ctypes.c_size_t), ctypes.c_int, _ptr, _ptr, ctypes.c_uint64, ctypes.c_uint64
+)
+
+
+class Engine:
+    """One Unicorn x86 CPU in 32-bit mode over a `Memory`, with no policy of its own.
+
+    Attributes:
+        uc: the binding's object, for everything that is not on a trap's path.
+        handle: the ``uc_engine`` pointer as an integer.
+
+    Raises:
+        MachineError: when libunicorn refuses the memory or is of another version.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        found = ".".join(str(part) for part in unicorn.uc_version()[:2])
+        if not ENGINE_VERSION.startswith(found):
+            raise MachineError(f"Unicorn: expected version {ENGINE_VERSION}, found {found}")
+        self.memory = memory
+        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
+        # Core 2 Duo: it has NX, and RDRAND is an invalid opcode on it instead of a source of chance.
+        self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_CORE2DUO)
+        self.handle: int = self.uc._uch.value
+        status = _mem_map_ptr(self.handle, 0, memory.size, unicorn.UC_PROT_ALL, memory.host_address)
+        if status:
+            raise MachineError(f"machine memory of {memory.size:#x} bytes: Unicorn answered error {status}")
+        # With an exit list, and an empty one, no address is special: see tests/emulator.
+        self.uc.ctl_exits_enabled(True)
+        self.uc.ctl_set_exits([])
+        self._callbacks: list[Any] = []
+
+    def start(self, eip: int, count: int) -> int:
+        """Run from ``eip`` for at most ``count`` instructions; the status that Unicorn returns."""
+        return _emu_start(self.handle, eip, 0, 0, count)
+
+    def stop(self) -> None:
+        """End the run in progress; meant for callbacks."""
+        _emu_stop(self.handle)
+
+    def on_interrupt(self, function: Callable[[int, int, int], None]) -> None:
+        """Call ``function(_, vector, _)`` for each exception and software interrupt."""
+        self._raw_hook(unicorn.UC_HOOK_INTR, INTERRUPT_CALLBACK(function))
+
+    def on_invalid(self, function: Callable[[int, int], bool]) -> None:
+        """Call ``function(_, _)`` for each invalid opcode; true means: go on where EIP now points."""
+        self._raw_hook(unicorn.UC_HOOK_INSN_INVALID, INVALID_CALLBACK(function))
+
+    def on_instruction(self, instruction: int, function: Callable[..., Any]) -> None:
+        """Call ``function`` for one of the instructions that Unicorn lets a hook replace."""
+        self.uc.hook_add(unicorn.UC_HOOK_INSN, function, None, 1, 0, instruction)
+
+    def write(self, register: str, value: int) -> None:
+        """Set a register by name through the public API."""
+        self.uc.reg_write(REGISTER_IDS[register], value)
+
+    def read(self, register: str) -> int:
+        """Read a register by name through the public API."""
+        value: int = self.uc.reg_read(REGISTER_IDS[register])
+        return value
+
+    def _raw_hook(self, kind: int, callback: Any) -> None:
+        # Hooks with begin > end apply to every address.
+        hook = ctypes.c_size_t()
+        status = _hook_add(self.handle, ctypes.byref(hook), kind, ctypes.cast(callback, _ptr), None, 1, 0)
+        if status:
+            raise MachineError(f"Unicorn refused a hook of kind {kind}: error {status}")
+        self._callbacks.append(callback)
+
+
+class Context:
+    """A saved CPU context: Unicorn's own copy of its whole x86 state.
+
+    Attributes:
+        pointer: the ``uc_context`` pointer as an integer.
+        raw: the context's bytes, writable in place.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        # Restoring a context that was never saved aborts the process, so one is saved at once.
+        self._owner = engine.uc.context_save()
+        self.pointer: int = ctypes.cast(self._owner.context, _ptr).value or 0
+        self.raw = memoryview((ctypes.c_ubyte * self._owner.size).from_address(self.pointer)).cast("B")
+
+    def read(self, register: str) -> int:
+        """Read a register of the saved state through the public API."""
+        value = ctypes.c_uint64()
+        context_reg_read(self.pointer, REGISTER_IDS[register], ctypes.byref(value))
+        return value.value & 0xFFFF_FFFF
+
+    def floating_point(self) -> dict[str, int]:
+        """The x87 and SSE registers of the saved state, by name."""
+        values = {}
+        for name, (identifier, size) in _FLOATING_POINT.items():
+            buffer = (ctypes.c_ubyte * 16)()
+            context_reg_read(self.pointer, identifier, buffer)
+            values[name] = int.from_bytes(bytes(buffer)[:size], "little")
+        return values
+
+
+_FLOATING_POINT: dict[str, tuple[int, int]] = {
+    **{f"st{n}": (getattr(x86, f"UC_X86_REG_ST{n}"), 10) for n in range(8)},
+    **{f"xmm{n}": (getattr(x86, f"UC_X86_REG_XMM{n}"), 16) for n in range(8)},
+    **{f"fp{word}": (getattr(x86, f"UC_X86_REG_FP{word.upper()}"), 2) for word in ("cw", "sw", "tag")},
+    "mxcsr": (x86.UC_X86_REG_MXCSR, 4),
+}

@@ -1,0 +1,153 @@
+"""Where things stand inside Unicorn's saved context, found by experiment at start-up.
+
+The problem: changing ring, writing flags and reading a page fault's error code have no
+function in Unicorn's public API, but they have fixed places in the context that
+``uc_context_save`` copies out.  Where exactly depends on how the library was built.
+
+The invariant: an offset is used only after known values were seen at it.  A probe puts
+patterns into registers and provokes known faults in a CPU of its own, and looks where they
+appear; distances inside the leading part of QEMU's ``CPUX86State`` (general registers,
+flags, segment caches, control registers: all of fixed width) are then checked one by one.
+What breaks without it: a library of another build would silently corrupt guests.  When a
+probe fails, `probe` says which, and `PortableCpu` gives the same results more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from unicorn.x86_const import UC_X86_REG_GDTR
+
+from xenlab.errors import MachineError
+from xenlab.machine.engine import GENERAL, Context, Engine
+from xenlab.machine.memory import Memory
+
+# Distances in bytes from the first general register, in QEMU's struct CPUX86State.
+EIP, EFLAGS, CC_SRC, CC_OP, DF, HFLAGS = 128, 136, 152, 168, 172, 176
+SEGMENT_CACHES, SEGMENT_STRIDE, CONTROL = 184, 24, 424
+CC_OP_EFLAGS = 1
+HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 0x3, 0x10, 0x20, 0x40, 0x80
+_ENGINE_BYTES_SEARCHED = 3072
+_PATTERN = 0x5EED_A000
+
+
+class ProbeError(MachineError):
+    """A probe did not find what it looked for; the portable CPU has to be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Byte offsets in a saved context, and of the counter in the engine's structure.
+
+    Attributes:
+        general: the first general register (EAX) in a context.
+        error_code: 32-bit error code of the last exception.
+        old_exception: 32-bit vector of the exception being delivered, -1 when none is.
+        counter: 64-bit count of instructions begun in this run, in the engine; the limit follows it.
+    """
+
+    general: int
+    error_code: int
+    old_exception: int
+    counter: int
+
+
+@cache
+def probe() -> Layout:
+    """Find the layout of the library that is loaded.  Raises ProbeError naming what failed."""
+    engine = Engine(Memory(1))
+    general = _probe_general(engine)
+    _check_head(engine, general)
+    error_code, old_exception = _probe_fault(engine)
+    return Layout(general, error_code, old_exception, _probe_counter(engine))
+
+
+def _find(raw: memoryview, value: int, width: int = 4) -> set[int]:
+    wanted = value.to_bytes(width, "little")
+    return {at for at in range(0, len(raw) - width + 1, 4) if raw[at : at + width] == wanted}
+
+
+def _probe_general(engine: Engine) -> int:
+    for number, name in enumerate(GENERAL):
+        engine.write(name, _PATTERN + number)
+    raw = Context(engine).raw
+    starts = _find(raw, _PATTERN)
+    for number in range(1, len(GENERAL)):
+        starts &= {at - 8 * number for at in _find(raw, _PATTERN + number)}
+    if len(starts) != 1:
+        raise ProbeError(f"general registers: expected one place in the context, found {len(starts)}")
+    return starts.pop()
+
+
+def _check_head(engine: Engine, general: int) -> None:
+    engine.write("eip", _PATTERN)
+    engine.write("cr2", _PATTERN + 2)
+    engine.uc.reg_write(UC_X86_REG_GDTR, (0, _PATTERN + 4, 0xFFFF, 0))
+    engine.write("eflags", 0x0ED7 & ~0x300)
+    raw = Context(engine).raw
+    expected = {
+        "EIP": (EIP, _PATTERN),
+        "CR2": (CONTROL + 16, _PATTERN + 2),
+        "GDT base behind six segment caches": (SEGMENT_CACHES + 8 * SEGMENT_STRIDE + 8, _PATTERN + 4),
+        "condition codes": (CC_SRC, 0x8D5),
+        "condition code operation": (CC_OP, CC_OP_EFLAGS),
+        "direction flag": (DF, 0xFFFF_FFFF),
+    }
+    for name, (distance, value) in expected.items():
+        at = general + distance
+        if int.from_bytes(raw[at : at + 4], "little") != value:
+            raise ProbeError(f"{name}: not at byte {at} of the context")
+    hflags = int.from_bytes(raw[general + HFLAGS : general + HFLAGS + 4], "little")
+    if hflags & (HF_CPL | HF_CS32 | HF_SS32 | HF_PE) != HF_CS32 | HF_SS32 | HF_PE:
+        raise ProbeError(f"hidden flags: found {hflags:#x} for 32-bit ring 0")
+    engine.write("eflags", 2)
+    engine.uc.reg_write(UC_X86_REG_GDTR, (0, 0, 0, 0))
+
+
+def _probe_fault(engine: Engine) -> tuple[int, int]:
+    """Load two selectors that do not exist: #GP with that selector as its error code."""
+    before = Context(engine)
+    idle = _find(before.raw, 0xFFFF_FFFF)
+    codes: set[int] | None = None
+    contexts: list[Context] = []
+
+    def on_interrupt(_engine: int, vector: int, _data: int) -> None:
+        if vector == 13:
+            contexts.append(Context(engine))
+        engine.stop()
+
+    engine.on_interrupt(on_interrupt)
+    for selector in (0x1230, 0x5678):
+        # mov eax, selector; mov ds, eax
+        code = b"\xb8" + selector.to_bytes(4, "little") + b"\x8e\xd8"
+        engine.memory.write(0x1000, code)
+        engine.uc.ctl_remove_cache(0x1000, 0x2000)
+        engine.uc.context_restore(before._owner)
+        engine.start(0x1000, 2)
+        if not contexts:
+            raise ProbeError("a load of selector 0x1230 without a descriptor table raised no #GP")
+        found = _find(contexts[-1].raw, selector)
+        codes = found if codes is None else codes & found
+    idle &= _find(contexts[0].raw, 13) & _find(contexts[1].raw, 13)
+    registers = set(range(_probe_general(engine), _probe_general(engine) + 8 * len(GENERAL)))
+    codes = (codes or set()) - registers
+    if len(codes) != 1 or len(idle) != 1:
+        raise ProbeError(f"fault state: expected one place each, found {len(codes)} and {len(idle)}")
+    return codes.pop(), idle.pop()
+
+
+def _probe_counter(engine: Engine) -> int:
+    """Count a known run: the pair (count + 1, count) stands in the engine afterwards."""
+    engine.memory.write(0x2000, b"\xeb\xfe")  # jmp to itself
+    candidates: set[int] | None = None
+    words = (ctypes.c_uint64 * (_ENGINE_BYTES_SEARCHED // 8)).from_address(engine.handle)
+    for count in (0x3A7, 0x2C5):
+        engine.start(0x2000, count)
+        seen = list(words)
+        found = {at for at in range(len(seen) - 1) if seen[at : at + 2] == [count + 1, count]}
+        candidates = found if candidates is None else candidates & found
+    if not candidates or len(candidates) != 1:
+        raise ProbeError(f"instruction counter: expected one place in the engine, found {len(candidates or ())}")
+    return candidates.pop() * 8

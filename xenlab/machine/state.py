@@ -1,0 +1,234 @@
+"""A vCPU's registers: a typed view over a saved context.
+
+The problem: the hypervisor works on the state of a vCPU that is not running, as a register
+frame on its stack was for Xen.  Here that frame is the context that Unicorn saved at the
+trap; the view reads and writes it in place.
+
+Three things in it are not what they seem, and the view hides them:
+
+* QEMU computes flags lazily.  The flags word is only right when the last flag-setting
+  operation is marked as "flags are explicit", so reading asks the library and writing
+  makes them explicit.
+* The current privilege level is no register.  It is kept in hidden flags, and follows the
+  stack segment when one is loaded.
+* Hidden flags also say how wide code and stack are; they follow the segment caches.
+
+The invariant: after any write through the view, hidden flags, segment caches and flags agree
+as if the CPU had executed it.  What breaks without it: a guest that comes back in ring 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from xenlab.machine import layout as at
+from xenlab.machine.engine import GENERAL, SEGMENTS, Context, Engine
+from xenlab.machine.paging import PagingMode
+from xenlab.machine.segments import Descriptor
+
+CF, PF, AF, ZF, SF, TF, IF, DF, OF = 0x1, 0x4, 0x10, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
+IOPL, NT, RF, VM, AC = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000
+ARITHMETIC = CF | PF | AF | ZF | SF | OF
+
+# Indices of 32-bit words, counted from the first general register.
+_EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = (
+    offset // 4 for offset in (at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS)
+)
+_CACHES, _STRIDE, _CONTROL = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4, at.CONTROL // 4
+_HEAD_BYTES = at.CONTROL + 5 * 8
+_ES, _CS, _SS, _DS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What a segment register holds: the visible selector and the hidden cache.
+
+    Attributes:
+        selector: the 16-bit value that the guest sees.
+        base, limit: from the descriptor at the time it was loaded.
+        attributes: the descriptor's second word.
+    """
+
+    selector: int
+    base: int
+    limit: int
+    attributes: int
+
+    @classmethod
+    def of(cls, selector: int, descriptor: Descriptor | None) -> Segment:
+        """The cache after loading ``selector`` with ``descriptor`` (None for a null selector)."""
+        if descriptor is None:
+            return cls(selector, 0, 0, 0)
+        return cls(selector, descriptor.base, descriptor.limit, descriptor.encode() >> 32)
+
+
+class CpuState(Protocol):
+    """The registers of one vCPU, readable and writable while it is not running.
+
+    All values are 32-bit unsigned integers.  ``mode`` and ``cr3`` say which page tables it
+    runs on; a new ``cr3`` takes effect when the state is next loaded into the CPU.
+    """
+
+    mode: PagingMode
+    cr3: int
+    eax: int
+    ecx: int
+    edx: int
+    ebx: int
+    esp: int
+    ebp: int
+    esi: int
+    edi: int
+    eip: int
+    eflags: int
+
+    @property
+    def cpl(self) -> int:
+        """Current privilege level: the ring, 0 to 3."""
+        ...
+
+    @property
+    def cr2(self) -> int:
+        """Address of the last page fault."""
+        ...
+
+    def segment(self, name: str) -> Segment:
+        """The segment register ``name``, one of es cs ss ds fs gs."""
+        ...
+
+    def load_segment(self, name: str, selector: int, descriptor: Descriptor | None) -> None:
+        """Load a segment register without any check; loading ``ss`` sets the ring."""
+        ...
+
+    def general(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI."""
+        ...
+
+    def save(self) -> bytes:
+        """Everything, as bytes that `restore` of the same process takes."""
+        ...
+
+    def restore(self, saved: bytes) -> None:
+        """Take over what `save` gave."""
+        ...
+
+    def architectural(self) -> Mapping[str, int]:
+        """All registers that a program can observe, by name: what a machine hash is made of."""
+        ...
+
+
+class _Word:
+    """A register that is one 32-bit word of the context."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, state: ContextState, _owner: type[ContextState]) -> int:
+        return state.words[self._index]
+
+    def __set__(self, state: ContextState, value: int) -> None:
+        state.words[self._index] = value
+
+
+class ContextState:
+    """`CpuState` over a saved context whose layout was probed.
+
+    Attributes:
+        words: the leading part of the CPU state as 32-bit words, from EAX on.
+        pointer: the context, for the engine's calls.
+    """
+
+    eax, ecx, edx, ebx = _Word(0), _Word(2), _Word(4), _Word(6)
+    esp, ebp, esi, edi = _Word(8), _Word(10), _Word(12), _Word(14)
+    eip = _Word(_EIP)
+
+    def __init__(self, engine: Engine, layout: at.Layout, mode: PagingMode, cr3: int) -> None:
+        self._context = Context(engine)
+        self.pointer = self._context.pointer
+        raw = self._context.raw
+        self.words = raw[layout.general : layout.general + _HEAD_BYTES].cast("I")
+        self.error_code = raw[layout.error_code : layout.error_code + 4].cast("I")
+        self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
+        self.mode, self.cr3 = mode, cr3
+
+    @property
+    def cpl(self) -> int:
+        return self.words[_HFLAGS] & at.HF_CPL
+
+    @property
+    def cr2(self) -> int:
+        return self.words[_CONTROL + 4]
+
+    @property
+    def eflags(self) -> int:
+        words = self.words
+        if words[_CC_OP] != at.CC_OP_EFLAGS:
+            return self._context.read("eflags")
+        return words[_EFLAGS] & ~(ARITHMETIC | DF) | words[_CC_SRC] & ARITHMETIC | words[_DF] & DF | 2
+
+    @eflags.setter
+    def eflags(self, value: int) -> None:
+        words = self.words
+        words[_EFLAGS] = value & ~(ARITHMETIC | DF) | 2
+        words[_CC_SRC] = value & ARITHMETIC
+        words[_CC_OP] = at.CC_OP_EFLAGS
+        words[_DF] = 0xFFFF_FFFF if value & DF else 1
+
+    def segment(self, name: str) -> Segment:
+        start = _CACHES + _STRIDE * SEGMENTS.index(name)
+        cache = self.words[start : start + _STRIDE]
+        return Segment(cache[0], cache[2], cache[4], cache[5])
+
+    def load_segment(self, name: str, selector: int, descriptor: Descriptor | None) -> None:
+        segment = Segment.of(selector, descriptor)
+        start = _CACHES + _STRIDE * SEGMENTS.index(name)
+        words = self.words
+        words[start], words[start + 2] = segment.selector, segment.base
+        words[start + 4], words[start + 5] = segment.limit, segment.attributes
+        if name == "ss" and descriptor is not None:
+            words[_HFLAGS] = words[_HFLAGS] & ~at.HF_CPL | descriptor.dpl
+        self._follow_segments()
+
+    def _follow_segments(self) -> None:
+        """Recompute the hidden flags that depend on segment caches, as QEMU does on a load."""
+        words = self.words
+        big = 1 << 22
+        flags = words[_HFLAGS] & ~(at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG)
+        if self._attributes(_CS) & big:
+            flags |= at.HF_CS32
+        if self._attributes(_SS) & big:
+            flags |= at.HF_SS32
+        if not flags & at.HF_CS32 or any(words[_CACHES + _STRIDE * n + 2] for n in (_ES, _SS, _DS)):
+            flags |= at.HF_ADDSEG
+        words[_HFLAGS] = flags
+
+    def _attributes(self, number: int) -> int:
+        return self.words[_CACHES + _STRIDE * number + 5]
+
+    def general(self) -> tuple[int, int, int, int, int, int, int, int]:
+        w = self.words
+        return w[0], w[2], w[4], w[6], w[8], w[10], w[12], w[14]
+
+    def save(self) -> bytes:
+        return bytes(self._context.raw) + self.cr3.to_bytes(4, "little")
+
+    def restore(self, saved: bytes) -> None:
+        self._context.raw[:] = saved[:-4]
+        self.cr3 = int.from_bytes(saved[-4:], "little")
+
+    def architectural(self) -> Mapping[str, int]:
+        return architectural(self, self._context)
+
+
+def architectural(state: CpuState, context: Context) -> dict[str, int]:
+    """All registers that a program can observe, by name, including the floating-point ones."""
+    values = dict(zip(GENERAL, state.general(), strict=True))
+    values |= {"eip": state.eip, "eflags": state.eflags, "cpl": state.cpl, "cr2": state.cr2, "cr3": state.cr3}
+    for name in SEGMENTS:
+        segment = state.segment(name)
+        values |= {name: segment.selector, f"{name}.base": segment.base, f"{name}.limit": segment.limit}
+    return values | context.floating_point()

@@ -1,0 +1,1 @@
+"""Structured trace events, snapshots and deterministic replay."""
