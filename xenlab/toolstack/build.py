@@ -17,37 +17,35 @@ breaks without it: a guest is born with a window into another.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags
 from xenlab.abi.structures import COMMAND_LINE_BYTES, START_INFO_MAGIC, StartInfo
 from xenlab.errors import ImageError
 from xenlab.hypervisor.core import Hypervisor
-from xenlab.hypervisor.domain import Domain, Vcpu
-from xenlab.hypervisor.heap import XEN
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Vcpu
+from xenlab.hypervisor.heap import EMPTY_FRAME, XEN
 from xenlab.hypervisor.hypercalls import hypercall_page
-from xenlab.hypervisor.layout import GDT_BASE, RESERVED_GDT_BASE, flat_descriptors, start_of
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, RESERVED_GDT_BASE, flat_descriptors, start_of
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
-from xenlab.machine.paging import ACCESSED, DIRTY, PRESENT, RW, USER, Level, PagingMode
+from xenlab.machine.paging import ACCESSED, DIRTY, NX, PRESENT, RW, USER, Level, PagingMode
 from xenlab.machine.state import IF
 from xenlab.toolstack.image import Image
 
 _TABLE = PRESENT | RW | USER | ACCESSED
 _STACK_PAGES = 1
-_KEYS_PER_DOMAIN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Pseudo-physical frame numbers of everything that the builder places."""
+    """Pseudo-physical frame numbers of what follows the image, and how many frames there are."""
 
-    image: int
     p2m: int
     start_info: int
     console: int
     store: int
     tables: int
     stack: int
-    used: int
     total: int
 
 
@@ -104,19 +102,18 @@ def _plan(image: Image, memory_mib: int, command_line: str) -> _Plan:
     pages = image.end - image.base + PAGE_SIZE - 1 >> PAGE_SHIFT
     p2m_pages = total * 4 + PAGE_SIZE - 1 >> PAGE_SHIFT
     tables = _table_count(image.mode, image.base, total)
-    starts = [0, pages]
-    for count in (p2m_pages, 1, 1, 1, tables, _STACK_PAGES):
-        starts.append(starts[-1] + count)
-    if starts[-1] > total:
+    counts = (pages, p2m_pages, 1, 1, 1, tables, _STACK_PAGES)
+    p2m, start_info, console, store, tables_at, stack, used = accumulate(counts)
+    if used > total:
         raise ImageError(
-            f"image {image.name!r}: needs {starts[-1] * 4} KiB with its page tables, the domain has {total * 4} KiB"
+            f"image {image.name!r}: needs {used * 4} KiB with its page tables, the domain has {total * 4} KiB"
         )
     if image.base + (total << PAGE_SHIFT) > start_of(image.mode):
         raise ImageError(
             f"image {image.name!r}: {memory_mib} MiB from {image.base:#x} up reach into the hypervisor's range "
             f"at {start_of(image.mode):#x}"
         )
-    return _Plan(*starts, total)
+    return _Plan(p2m, start_info, console, store, tables_at, stack, total)
 
 
 def _table_count(mode: PagingMode, base: int, total: int) -> int:
@@ -201,19 +198,22 @@ class _Builder:
         state.esp = self._address(self._plan.stack + _STACK_PAGES)
         state.esi = self._address(self._plan.start_info)
         state.eflags = IF
-        vcpu = Vcpu(self._domain.domid * _KEYS_PER_DOMAIN, self._domain, state)
+        vcpu = Vcpu(self._domain.domid * VCPUS_PER_DOMAIN, self._domain, state)
         vcpu.kernel_ss, vcpu.kernel_esp = FLAT_RING1_SS, state.esp
         return vcpu
 
     def _map_hypervisor(self, root: int) -> None:
-        """The descriptor table's hypervisor page, read-only, through a table that is Xen's."""
+        """The descriptor table, read-only and but for the hypervisor's page empty, through a table that is Xen's."""
         mode = self._image.mode
         (top,) = self._domain.own_tables
         table, level = self._descend(root, RESERVED_GDT_BASE, stop_above_l1=True)
         entry = mode.entry(top, PRESENT | RW | ACCESSED)
         mode.write(self._memory, table << PAGE_SHIFT, level.index(RESERVED_GDT_BASE), entry)
-        leaf = mode.entry(self._xen.gdt_page(mode), PRESENT | ACCESSED)
-        mode.write(self._memory, top << PAGE_SHIFT, mode.levels[-1].index(RESERVED_GDT_BASE), leaf)
+        flags = PRESENT | ACCESSED | (NX if mode.has_nx else 0)
+        for address in range(GDT_BASE, GDT_BASE + GDT_LIMIT, PAGE_SIZE):
+            # A selector with no descriptor has to find an empty one: #GP with the selector, not a page fault.
+            mfn = self._xen.gdt_page(mode) if address == RESERVED_GDT_BASE else EMPTY_FRAME
+            mode.write(self._memory, top << PAGE_SHIFT, mode.levels[-1].index(address), mode.entry(mfn, flags))
 
     def _map(self, root: int, address: int, mfn: int, flags: int) -> None:
         mode = self._image.mode
