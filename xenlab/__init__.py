@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         HypercallError,
         ImageError,
         MachineError,
+        TimelineError,
         XenlabError,
     )
     from xenlab.hypervisor.core import Hypervisor
@@ -34,7 +35,15 @@ _HOME = {
     "assemble": "xenlab.machine.assembler",
     "boot": "xenlab.toolstack",
     **dict.fromkeys(
-        ("AssemblyError", "GuestCrashed", "HypercallError", "ImageError", "MachineError", "XenlabError"),
+        (
+            "AssemblyError",
+            "GuestCrashed",
+            "HypercallError",
+            "ImageError",
+            "MachineError",
+            "TimelineError",
+            "XenlabError",
+        ),
         "xenlab.errors",
     ),
 }
@@ -47,6 +56,7 @@ __all__ = [
     "ImageError",
     "Machine",
     "MachineError",
+    "TimelineError",
     "XenlabError",
     "assemble",
     "boot",

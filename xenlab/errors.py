@@ -44,6 +44,10 @@ class GuestCrashed(XenlabError):
     """A guest ended by a fault of its own; carries the crash report as text."""
 
 
+class TimelineError(XenlabError):
+    """A run that cannot be taken back: something in it was not recorded or cannot be saved."""
+
+
 class HypercallError(XenlabError):
     """Raised inside a hypercall to end it with an errno; never seen outside the hypervisor.
 

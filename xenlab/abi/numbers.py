@@ -44,8 +44,6 @@ class Hypercall(IntEnum):
     domctl = 36
 
 
-HYPERCALLS = 64
-
 
 class Errno(IntEnum):
     """Error numbers (errno.h); a hypercall that fails returns one of them negated."""

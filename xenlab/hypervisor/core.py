@@ -23,25 +23,31 @@ from enum import Enum, auto
 from typing import Any
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Shutdown
+from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.heap import XEN, FrameHeap
-from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable
+from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
 from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, reserved_gdt_page, start_of
+from xenlab.hypervisor.parts import load_part, save_part
 from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
 from xenlab.hypervisor.services import Services
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery, Undeliverable
-from xenlab.machine.cpu import PAGE_FAULT, PROTECTION
+from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE
 from xenlab.machine.machine import Machine
 from xenlab.machine.paging import PagingMode
 
 _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
+# INT n without prefixes, which do nothing: where they begin cannot be seen from behind.
+_INTERRUPT_BYTES = 2
 _SOFTWARE_INTERRUPT_ERROR = 2  # "the selector is an index into the IDT"
+# Enum members as plain numbers: looking one up on its class costs more than recording it.
+_HYPERCALL, _RETURN, _SWITCH = int(Kind.HYPERCALL), int(Kind.RETURN), int(Kind.SWITCH)
 _REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip", "eflags")
 
 
@@ -99,6 +105,7 @@ class Hypervisor:
         self.guest_memory = GuestMemory(self.memory)
         self.traps = TrapDelivery(self.memory, self.guest_memory)
         self.hypercalls = HypercallTable(self.guest_memory)
+        self._handlers = self.hypercalls.handlers
         self.services = Services(self)
         for number, part in (hypercalls or {}).items():
             self.hypercalls.register_part(number, part)
@@ -126,57 +133,71 @@ class Hypervisor:
         start = self.now
         end = start + instructions
         while self.now < end:
-            self.inputs.apply_due(self)
-            if self._pick_needed or self.now >= self._slice_end:
-                self._switch()
+            self._do_what_is_due()
             if self.current is None:
                 return RunResult(self.now - start, Stop.IDLE)
             due = self.inputs.next_time()
             self.cpu.run_until(end if due is None else min(end, due))
         return RunResult(self.now - start, Stop.BUDGET)
 
+    def _do_what_is_due(self) -> None:
+        """The end of a slice, then inputs one by one, before guest code goes on.
+
+        The order is fixed and a second call does nothing, so that a run that went idle between
+        two inputs of the same time cannot be told from one that took both at once.
+        """
+        self._pick_if_due()
+        while self.inputs.apply_next(self):
+            self._pick_if_due()
+
+    def _pick_if_due(self) -> None:
+        if self._pick_needed or (self.current is not None and self.now >= self._slice_end):
+            self._switch()
+
     def trap(self, vector: int, error: int, address: int) -> None:
         """Every exception and software interrupt of every guest comes here."""
         vcpu = self.current
         assert vcpu is not None
-        if vector == HYPERCALL_VECTOR and vcpu.state.cpl == KERNEL_RING:
-            self._hypercall(vcpu)
+        frame = number, ecx, edx, ebx, _esp, ebp, esi, edi, eip, hidden = vcpu.state.frame()
+        if vector == HYPERCALL_VECTOR and hidden & 3 == KERNEL_RING:
+            # The shortest way through, since guests come here most.
+            if self.trace is not None:
+                now, domid, record = self.cpu.instructions, vcpu.domain.domid, self.trace.record
+                record((now, _HYPERCALL, domid, number, frame[:8], eip))
+            try:
+                result = self._handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
+            except HypercallError as refusal:
+                result = -refusal.errno
+            vcpu.state.set_eax(result & _U32)
+            if self.trace is not None:
+                record((now, _RETURN, domid, number, result))
         else:
             self._exception(vcpu, vector, error, address)
         if self._pick_needed:
             self._switch()
 
-    def _hypercall(self, vcpu: Vcpu) -> None:
-        state, record = vcpu.state, self.trace
-        registers = state.general()
-        number, ecx, edx, ebx, _esp, ebp, esi, edi = registers
-        if record is None:
-            state.eax = self.hypercalls.call(vcpu, number, (ebx, ecx, edx, esi, edi, ebp)) & _U32
-            return
-        domid = vcpu.domain.domid
-        record.record((self.cpu.instructions, Kind.HYPERCALL, domid, number, registers, state.eip))
-        result = self.hypercalls.call(vcpu, number, (ebx, ecx, edx, esi, edi, ebp))
-        state.eax = result & _U32
-        record.record((self.cpu.instructions, Kind.RETURN, domid, number, result))
-
     def _exception(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
         state = vcpu.state
-        if vector == PAGE_FAULT and address >= start_of(state.mode):
+        if vector >= 32:
+            error = SOFTWARE
+        elif vector == PAGE_FAULT and address >= start_of(state.mode):
             # On the paper's machines the segment limit stops this access before paging sees it.
             vector, error = PROTECTION, 0
-        self.record(Kind.TRAP, vcpu.domain.domid, vector, error, address, state.general(), state.eip, state.cpl)
-        if vector >= 32:
+        self.record(Kind.TRAP, vcpu.domain.domid, vector, max(error, 0), address, state.general(), state.eip, state.cpl)
+        if error == SOFTWARE:
             vector, error = self._software_interrupt(vcpu, vector)
-        if vector == PROTECTION and error == 0 and self._emulate(vcpu):
+        elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
             return
         self.deliver(vcpu, vector, error, address)
 
     def _software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:
         """``int n``: through the guest's gate if its privilege allows, else #GP at the instruction."""
         gate = vcpu.traps[vector]
-        if gate is not None and gate.dpl >= vcpu.state.cpl:
-            return vector, 0
-        vcpu.state.eip = vcpu.state.eip - 2 & _U32
+        # Xen's own gates for these two are open to every ring, and it asks no further.
+        allowed = vector in (BREAKPOINT, OVERFLOW) or (gate is not None and gate.dpl >= vcpu.state.cpl)
+        if allowed:
+            return vector, SOFTWARE
+        vcpu.state.eip = vcpu.state.eip - _INTERRUPT_BYTES & _U32
         return PROTECTION, vector << 3 | _SOFTWARE_INTERRUPT_ERROR
 
     def deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
@@ -251,25 +272,22 @@ class Hypervisor:
         self.reschedule()
 
     def _switch(self) -> None:
+        """Ask the scheduler and make its choice the running vCPU."""
         self._pick_needed = False
-        now = self.now
-        picked = self.scheduler.pick(now)
-        before = self.current
+        now = self.cpu.instructions
+        picked, before = self.scheduler.pick(now), self.current
         if picked is None:
             self.current = None
             self.cpu.stop()
         else:
-            self.current = self._vcpus[picked[0]]
             self._slice_end = now + picked[1]
             self.cpu.deadline = self._slice_end
-        if self.current is not before:
-            self._load_current(before, picked)
-
-    def _load_current(self, before: Vcpu | None, picked: tuple[int, int] | None) -> None:
-        if self.current is not None:
-            self.cpu.load(self.current.state)
-        keys = (before.key if before else -1, self.current.key if self.current else -1)
-        self.record(Kind.SWITCH, NO_DOMAIN, *keys, picked[1] if picked else 0)
+            self.current = self._vcpus[picked[0]]
+            if self.current is not before:
+                self.cpu.load(self.current.state)
+        if self.trace is not None and self.current is not before:
+            to, length = picked or (-1, 0)
+            self.trace.record((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
 
     def add_domain(self, domain: Domain) -> None:
         """Take over a domain that the toolstack built; it starts paused."""
@@ -279,7 +297,12 @@ class Hypervisor:
         self.record(Kind.DOMAIN, domain.domid, "created")
 
     def destroy(self, domain: Domain) -> None:
-        """End ``domain`` if it still lives and give its frames, scrubbed, back to the free ones."""
+        """End ``domain`` if it still lives and give its frames, scrubbed, back to the free ones.
+
+        Once; its number and its frames may by then be another's.
+        """
+        if self.domains.get(domain.domid) is not domain:
+            return
         if not domain.ended:
             self.shut_down(domain, Shutdown.POWEROFF)
         for vcpu in domain.vcpus:
@@ -333,7 +356,7 @@ class Hypervisor:
             "time": self.now,
             "current": self.current.key if self.current else None,
             "slice": (self._slice_end, self._pick_needed),
-            "scheduler": self.scheduler.state(),
+            "parts": {name: save_part(part) for name, part in self._parts()},
             "heap": self.heap.state(),
             "domains": dict(self.domains),
             "states": {domid: domain.snapshot() for domid, domain in self.domains.items()},
@@ -341,6 +364,11 @@ class Hypervisor:
             "inputs": self.inputs.state(),
             "gdt": dict(self._gdt_pages),
         }
+
+    def _parts(self) -> list[tuple[str, object]]:
+        """The parts that were passed in and may remember something, by name."""
+        calls = [(f"hypercall {number}", part) for number, part in sorted(self.hypercalls.parts.items())]
+        return [("scheduler", self.scheduler), ("emulator", self.emulator), *calls]
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave; memory has been put back by the caller."""
@@ -350,7 +378,8 @@ class Hypervisor:
             domain.restore(saved["states"][domid])
         self.current = None if saved["current"] is None else self._vcpus[saved["current"]]
         self._slice_end, self._pick_needed = saved["slice"]
-        self.scheduler.load(saved["scheduler"])
+        for name, part in self._parts():
+            load_part(part, saved["parts"][name])
         self.heap.load(saved["heap"])
         self.inputs.load(saved["inputs"])
         self._gdt_pages = dict(saved["gdt"])

@@ -17,6 +17,8 @@ from xenlab.abi.numbers import Shutdown
 from xenlab.machine.state import CpuState
 
 VECTORS = 256
+# A vCPU's key is its domain's id times this, plus its number in the domain.
+VCPUS_PER_DOMAIN = 32
 # Control and debug registers as the guest sees them at its start.
 INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
 INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr7": 0x400}

@@ -58,11 +58,14 @@ class PrivilegedInstructions:
         handler = _HANDLERS.get(opcode)
         if handler is None:
             return None
-        operand = code[length] if len(code) > length else 0
+        operand = 0
+        if opcode in _WITH_OPERAND:
+            if length >= len(code):
+                return None
+            operand, length = code[length], length + 1
         changes = handler(operand, registers, system)
         if changes is None:
             return None
-        length += 1 if opcode in _WITH_OPERAND else 0
         return {**changes, "eip": registers["eip"] + length & 0xFFFF_FFFF}
 
 

@@ -20,6 +20,8 @@ from xenlab.machine.memory import Memory
 XEN, FREE = -1, -2
 # The first frames stay empty: a null machine address in a table should lead nowhere useful.
 _RESERVED = 16
+# One of them, always zero, is what guests see where the hypervisor shows them an empty page.
+EMPTY_FRAME = 0
 
 
 class FrameHeap:

@@ -6,7 +6,7 @@ ESI, EDI and EBP.  The answer comes back in EAX: zero or more, or a negated errn
 
 The invariant: whatever the arguments, a hypercall either does its whole work or returns an
 errno and leaves everything as it was; nothing that a guest passes can raise further than
-`HypercallTable.call`.  What breaks without it: one domain's mistake stops all.
+the table.  What breaks without it: one domain's mistake stops all.
 
 Guests do not write ``int 0x82`` themselves but call into the hypercall page, which the
 hypervisor fills in, so that the way in can change without the guest knowing.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from xenlab.abi.numbers import HYPERCALL_VECTOR, HYPERCALLS, Errno, Hypercall
+from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Hypercall
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
@@ -48,20 +48,37 @@ class HypercallPart(Protocol):
         ...
 
 
+def unknown(_vcpu: Vcpu, *_: int) -> int:
+    """What every number without a handler does."""
+    return -Errno.ENOSYS
+
+
 class HypercallTable:
-    """Number to function, and the rules that hold for all of them."""
+    """Number to function, and the rules that hold for all of them.
+
+    Attributes:
+        handlers: by number; `Hypervisor.trap` calls them as ``handler(vcpu, ebx, ecx, edx, esi,
+            edi, ebp)`` and turns a HypercallError into its errno.
+        parts: those of `register_part`, by number.
+    """
 
     def __init__(self, guest_memory: GuestMemory) -> None:
         self._guest = guest_memory
-        self._table: list[tuple[Handler, int] | None] = [None] * HYPERCALLS
-        self.register(Hypercall.multicall, self._multicall, 2)
+        self.handlers: dict[int, Handler] = {}
+        self.parts: dict[int, HypercallPart] = {}
+        self.register(Hypercall.multicall, self._multicall)
 
-    def register(self, number: int, handler: Handler, arguments: int) -> None:
-        """Serve ``number`` by ``handler(vcpu, *arguments)``, of which it takes so many."""
-        self._table[number] = (handler, arguments)
+    def register(self, number: int, handler: Handler) -> None:
+        """Serve ``number`` by ``handler(vcpu, ebx, ecx, edx, esi, edi, ebp)``.
+
+        A handler names the arguments that it uses and takes the rest as ``*_``.
+        """
+        self.handlers[number] = handler
 
     def register_part(self, number: int, part: HypercallPart) -> None:
         """Serve ``number`` by a part that takes and returns plain values."""
+
+        self.parts[number] = part
 
         def handler(vcpu: Vcpu, *arguments: int) -> int:
             result, writes = part.call(arguments, lambda at, size: self._read_or_none(vcpu, at, size))
@@ -71,42 +88,31 @@ class HypercallTable:
                 self._guest.write(vcpu, address, data)
             return result
 
-        self.register(number, handler, 6)
+        self.register(number, handler)
 
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers that are served."""
-        return [number for number, entry in enumerate(self._table) if entry is not None]
-
-    def call(self, vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
-        """Do one hypercall; the result as a signed number."""
-        entry = self._table[number] if number < HYPERCALLS else None
-        if entry is None:
-            return -Errno.ENOSYS
-        handler, count = entry
-        try:
-            return handler(vcpu, *arguments[:count])
-        except HypercallError as refusal:
-            return -refusal.errno
-
-    def _multicall(self, vcpu: Vcpu, address: int, count: int) -> int:
+    def _multicall(self, vcpu: Vcpu, address: int, count: int, *_: int) -> int:
         """Do ``count`` calls from an array of entries, each with its result written back."""
         if count > MAX_MULTICALL:
             raise HypercallError(Errno.EINVAL)
         self._guest.check_writable(vcpu, address, count * _MULTICALL_ENTRY)
         for at in range(address, address + count * _MULTICALL_ENTRY, _MULTICALL_ENTRY):
             words = memoryview(self._guest.read(vcpu, at, _MULTICALL_ENTRY)).cast("I")
-            result = self._multicall_entry(vcpu, words[0], tuple(words[2:8]))
+            result = self._multicall_entry(vcpu, *words[0:1], *words[2:8])
             self._guest.write(vcpu, at + 4, (result & 0xFFFF_FFFF).to_bytes(4, "little"))
             if vcpu.domain.ended:
                 break
         return 0
 
-    def _multicall_entry(self, vcpu: Vcpu, number: int, arguments: tuple[int, ...]) -> int:
+    def _multicall_entry(
+        self, vcpu: Vcpu, number: int, ebx: int, ecx: int, edx: int, esi: int, edi: int, ebp: int
+    ) -> int:
         # A batch inside a batch would let a guest build work of any depth; IRET would leave the batch.
         if number in (Hypercall.multicall, Hypercall.iret):
             return -Errno.EINVAL
-        return self.call(vcpu, number, arguments)
+        try:
+            return self.handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
+        except HypercallError as refusal:
+            return -refusal.errno
 
     def _read_or_none(self, vcpu: Vcpu, address: int, length: int) -> bytes | None:
         try:

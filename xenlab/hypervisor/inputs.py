@@ -76,17 +76,22 @@ class InputQueue:
         self._next = 0
 
     def submit(self, time: int, item: Input) -> None:
-        """Add an input at ``time``; what was still to come after it is dropped."""
-        del self.log[self._next :]
+        """Add an input at ``time``, behind those that were submitted before it."""
         self.log.append((time, item))
 
-    def apply_due(self, hypervisor: Hypervisor) -> None:
-        """Apply all inputs whose time has come."""
-        while self._next < len(self.log) and self.log[self._next][0] <= hypervisor.now:
-            item = self.log[self._next][1]
-            self._next += 1
-            hypervisor.record(Kind.INPUT, -1, repr(item))
-            item.apply(hypervisor)
+    def forget_pending(self) -> None:
+        """Drop the inputs that were not applied yet."""
+        del self.log[self._next :]
+
+    def apply_next(self, hypervisor: Hypervisor) -> bool:
+        """Apply one input whose time has come; False when there is none."""
+        if self._next == len(self.log) or self.log[self._next][0] > hypervisor.now:
+            return False
+        item = self.log[self._next][1]
+        self._next += 1
+        hypervisor.record(Kind.INPUT, -1, repr(item))
+        item.apply(hypervisor)
+        return True
 
     def next_time(self) -> int | None:
         """When the next recorded input is due, None when there is none."""

@@ -33,14 +33,14 @@ class Services:
         self._xen = hypervisor
         self._guest = hypervisor.guest_memory
         table = hypervisor.hypercalls
-        table.register(Hypercall.set_trap_table, self.set_trap_table, 1)
-        table.register(Hypercall.stack_switch, self.stack_switch, 2)
-        table.register(Hypercall.iret, self.iret, 0)
-        table.register(Hypercall.console_io, self.console_io, 3)
-        table.register(Hypercall.xen_version, self.xen_version, 2)
-        table.register(Hypercall.sched_op, self.sched_op, 2)
+        table.register(Hypercall.set_trap_table, self.set_trap_table)
+        table.register(Hypercall.stack_switch, self.stack_switch)
+        table.register(Hypercall.iret, self.iret)
+        table.register(Hypercall.console_io, self.console_io)
+        table.register(Hypercall.xen_version, self.xen_version)
+        table.register(Hypercall.sched_op, self.sched_op)
 
-    def set_trap_table(self, vcpu: Vcpu, address: int) -> int:
+    def set_trap_table(self, vcpu: Vcpu, address: int, *_: int) -> int:
         """Register exception handlers from an array of ``trap_info`` that ends with address 0.
 
         A null pointer unregisters all.  An array that cannot be read to its end changes nothing.
@@ -63,12 +63,12 @@ class Services:
             rows.append((row[0], row[1], int.from_bytes(row[2:4], "little"), handler))
         return rows
 
-    def stack_switch(self, vcpu: Vcpu, ss: int, esp: int) -> int:
+    def stack_switch(self, vcpu: Vcpu, ss: int, esp: int, *_: int) -> int:
         """Set the stack on which the kernel is entered from ring 3."""
         vcpu.kernel_ss, vcpu.kernel_esp = checked_selector(ss & 0xFFFF), esp
         return 0
 
-    def iret(self, vcpu: Vcpu) -> int:
+    def iret(self, vcpu: Vcpu, *_: int) -> int:
         """Return from an exception handler; the answer is the EAX that the frame held."""
         try:
             ring, eax = self._xen.traps.iret(vcpu)
@@ -78,7 +78,7 @@ class Services:
         self._xen.record(Kind.IRET, vcpu.domain.domid, ring, vcpu.state.eip)
         return eax
 
-    def console_io(self, vcpu: Vcpu, command: int, count: int, address: int) -> int:
+    def console_io(self, vcpu: Vcpu, command: int, count: int, address: int, *_: int) -> int:
         """Write to or read from the domain's console.
 
         Returns:
@@ -100,15 +100,16 @@ class Services:
             return len(data)
         raise HypercallError(Errno.ENOSYS)
 
-    def xen_version(self, vcpu: Vcpu, command: int, address: int) -> int:
+    def xen_version(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Tell the guest what it runs on."""
-        if command == XenVersion.VERSION:
+        if not command:  # VERSION, the cheapest hypercall there is
             return XEN_MAJOR << 16 | XEN_MINOR
         if command == XenVersion.PAGESIZE:
             return PAGE_SIZE
         if command == XenVersion.GET_FEATURES:
-            index = self._guest.read_word(vcpu, address)
-            self._guest.write(vcpu, address + 4, (0 if index else _FEATURES).to_bytes(4, "little"))
+            if any(self._guest.read(vcpu, address, 8)[:4]):  # there is one word of features
+                raise HypercallError(Errno.EINVAL)
+            self._guest.write(vcpu, address + 4, _FEATURES.to_bytes(4, "little"))
             return 0
         answer = self._version_answer(vcpu, command)
         if answer is None:
@@ -130,7 +131,7 @@ class Services:
         }
         return answers.get(command)
 
-    def sched_op(self, vcpu: Vcpu, command: int, address: int) -> int:
+    def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Yield the CPU, block until something happens, or end the domain."""
         if command == SchedOp.YIELD:
             self._xen.reschedule()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from typing import Any
 
 NO_DOMAIN = -1
@@ -77,16 +78,15 @@ class Trace:
     """A ring of events.
 
     Args:
-        capacity: how many events are kept; the oldest go first.
+        capacity: how many events are kept; the oldest go first.  None: all.
 
     Attributes:
         record: append one event tuple ``(time, kind, domain, *values)``.
-        total: how many events were ever recorded.
     """
 
-    __slots__ = ("_dropped", "_ring", "record")
+    __slots__ = ("_ring", "record")
 
-    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, capacity: int | None = DEFAULT_CAPACITY) -> None:
         self._ring: deque[tuple[Any, ...]] = deque(maxlen=capacity)
         self.record = self._ring.append
 
@@ -98,11 +98,13 @@ class Trace:
         """The events that are kept, decoded, oldest first; only those of ``kind`` if given."""
         return [decode(raw) for raw in self._ring if kind is None or raw[1] == kind]
 
-    def truncate(self, time: int) -> None:
-        """Forget events at or after ``time``: those that a replay will make again."""
-        ring = self._ring
-        while ring and ring[-1][0] >= time:
-            ring.pop()
+    def newest(self, count: int) -> list[tuple[Any, ...]]:
+        """The last ``count`` events as they were recorded, newest first."""
+        return list(islice(reversed(self._ring), count))
+
+    def rewind(self, length: int) -> list[tuple[Any, ...]]:
+        """Take away all events behind the first ``length``, and give them, newest first."""
+        return [self._ring.pop() for _ in range(len(self._ring) - length)]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -25,13 +25,15 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import code_for, lookup, stack_for
 from xenlab.hypervisor.domain import Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
-from xenlab.machine.cpu import PAGE_FAULT, WITH_ERROR_CODE
+from xenlab.machine.cpu import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.memory import PAGE_SHIFT, Memory
 from xenlab.machine.segments import Descriptor
-from xenlab.machine.state import AC, IF, IOPL, NT, RF, TF, VM
+from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, NT, RF, TF, VM
 
 KERNEL_RING, USER_RING = 1, 3
 _SAVED_MASK_SHIFT = 16
+# What a guest may set by a return: neither I/O privilege nor virtual-8086 mode nor reserved bits.
+_RETURNED_FLAGS = ARITHMETIC | TF | DF | RF | AC | ID
 # Offsets of a vCPU's flags in the shared-information page (xen.h, struct vcpu_info).
 _VCPU_INFO_BYTES, _UPCALL_MASK, _CR2 = 64, 1, 8
 
@@ -66,7 +68,7 @@ class TrapDelivery:
         self._guest = guest_memory
 
     def deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> Delivery:
-        """Make ``vcpu`` enter its handler for ``vector``.
+        """Make ``vcpu`` enter its handler for ``vector``; an ``error`` of `SOFTWARE` means by INT, without one.
 
         Raises:
             Undeliverable: when there is no handler, or its stack or code segment is unusable.
@@ -77,9 +79,9 @@ class TrapDelivery:
         code = code_for(self._memory, vcpu, gate.cs)
         if code is None:
             raise Undeliverable(f"the handler for exception {vector} has the unusable code selector {gate.cs:#x}")
-        if vector == PAGE_FAULT:
+        if vector == PAGE_FAULT and error != SOFTWARE:
             self._leave_address(vcpu, address)
-        words = (error,) if vector in WITH_ERROR_CODE else ()
+        words = (error,) if vector in WITH_ERROR_CODE and error != SOFTWARE else ()
         return self._enter(vcpu, gate, code, words)
 
     def _enter(self, vcpu: Vcpu, gate: Gate, code: Descriptor, words: tuple[int, ...]) -> Delivery:
@@ -146,7 +148,7 @@ class TrapDelivery:
             esp = state.esp + 16 & 0xFFFF_FFFF
         state.load_segment("cs", cs, code)
         state.esp, state.eip = esp, eip
-        state.eflags = flags & ~(IOPL | VM | NT) | IF
+        state.eflags = flags & _RETURNED_FLAGS | IF
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
         return ring, eax
 

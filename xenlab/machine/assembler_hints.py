@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from xenlab.machine.assembler_source import REGISTERS, Line, word_list
+from xenlab.machine.assembler_source import Line, register_bits, word_list
 
 MNEMONICS = word_list("""
     aaa aad aam aas adc add and arpl bound bsf bsr bswap bt btc btr bts call cbw cdq clc cld cli clts cmc cmova
@@ -75,6 +75,14 @@ COMPLAINTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"no matching '\.end(?:macro|m)' in definition", "this `.macro` has no end", "end it with `.endm`"),
         (r"no matching '\.endr'", "this `.rept` has no end", "end it with `.endr`"),
         (r"unmatched \.ifs", "an `.if` has no end", "end it with `.endif`"),
+        (r"unknown token in expression", "the expression cannot be read at this place", ""),
+        (r"unexpected token at start of statement", "no statement begins like this", ""),
+        (r"out of range literal value", "the number does not fit into what this directive makes", ""),
+        (
+            r"value of (-?\d+) is too large for field of (\d) byte",
+            "the distance {0} does not fit into {1} byte",
+            "move the target nearer, or jump there in two steps",
+        ),
         (r"unterminated string constant", "the string has no closing quote", 'end the string with "'),
         (r"instruction requires: 64-bit mode", "the instruction with these operands exists in 64-bit code only", ""),
         (r"Undefined temporary symbol", "a jump to a numeric label that does not follow or precede it", ""),
@@ -90,7 +98,7 @@ COMPLAINTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 def closest(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'x'?" for the nearest of ``known``, or ""."""
     by_lower = {word.lower(): word for word in known}
-    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.65)
     return f"did you mean '{by_lower[match[0]]}'?" if match else ""
 
 
@@ -114,7 +122,7 @@ def explain(complaint: str, line: Line) -> tuple[str, str]:
     for pattern, problem, hint in COMPLAINTS:
         if match := pattern.match(complaint):
             groups = [group for group in match.groups() if group]
-            return problem.format(*groups), hint
+            return problem.format(*groups), hint or foreign(line)
     return complaint, foreign(line)
 
 
@@ -122,8 +130,8 @@ def _unknown_mnemonic(name: str, line: Line) -> tuple[str, str]:
     problem = f"there is no instruction '{name}'"
     if hint := foreign(line):
         return problem, hint
-    if not line.bare[line.operands_at :].strip() and not closest(name, MNEMONICS):
-        return problem, f"for a label write `{name}:`"
+    if not line.bare[line.operands_at :].strip():
+        return problem, " ".join(filter(None, [closest(name, MNEMONICS), f"For a label write `{name}:`."]))
     if name[-1:] in "bwl" and name[:-1] in MNEMONICS:
         return problem, f"this is AT&T syntax; write `{name[:-1]}`, destination first, registers without '%'"
     return problem, closest(name, MNEMONICS)
@@ -131,7 +139,7 @@ def _unknown_mnemonic(name: str, line: Line) -> tuple[str, str]:
 
 def _operand_hint(line: Line) -> str:
     operands = [operand.strip() for operand in line.bare[line.operands_at :].split(",")]
-    sizes = {operand: size for operand in operands if (size := _register_size(operand))}
+    sizes = {operand: size for operand in operands if (size := register_bits(operand))}
     if sum("[" in operand for operand in operands) > 1:
         return "only one operand can be in memory: go through a register"
     if len(set(sizes.values())) > 1:
@@ -139,9 +147,3 @@ def _operand_hint(line: Line) -> str:
     if len(operands) > 1 and re.fullmatch(r"-?\d\w*", operands[0]):
         return "the destination comes first, and it cannot be a number"
     return ""
-
-
-def _register_size(operand: str) -> int:
-    if operand.lower() not in REGISTERS[:24]:
-        return 0
-    return 32 if operand.lower().startswith("e") else 8 if operand[-1:].lower() in "lh" else 16

@@ -1,169 +1,164 @@
-"""The parent's side of the helper process that holds LLVM.
+"""LLVM's assembler, one process for each source.
 
-Problem: LLVM's assembler ends its process at the first error, may eat memory, and is slow to load.  So one helper
-lives between calls, is thrown away whenever anything but a complete reply came back, and the next call starts another.
-Invariant: a helper is only kept if it has answered every request that it was sent; otherwise an answer could be taken
-for that of another source.  Without it, an interrupted cell would shift every later answer by one.
+Problem: LLVM is a large C++ library; it may crash or eat memory over a student's typing error, and its directives
+``.incbin`` and ``.include`` read any file.  The Python package `ziglang` carries it in one executable, with the x86
+back end on every host.  It reads the source from a pipe and writes the object to a pipe: it needs no file at all.
+Invariant: the process ends with the call, whatever happened, and sees no input before its limits are set.
+Without it, an interrupted cell would leave a process behind, and a source could put a file into a guest's image.
+
+Linux takes the right to open files and bounds memory.  macOS and Windows let nobody limit a running process, so
+there the refusals in `assembler`, the limit on the answer and the timeout stand alone.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import subprocess
 import sys
-import tempfile
 import threading
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from xenlab.errors import XenlabError
 
-WORKER = Path(__file__).with_name("_assembler_worker.py")
+# The 64-bit object format, for 32-bit code (the source begins with `.code32`): the 32-bit one keeps addends inside
+# the code, where those of 8 and 16 bits lose their upper part, and cuts sizes at 4 GiB.
+TRIPLE = "x86_64-unknown-none-elf"
+ARGUMENTS = ("clang", "-cc1as", "-triple", TRIPLE, "-filetype", "obj", "-massembler-no-warn", "-o", "-", "-")
+OBJECT_MAGIC = b"\x7fELF"
 TIMEOUT_SECONDS = 20.0
-NO_PARSER = "we don't have an asm parser for this target"
+OBJECT_LIMIT = 192 << 20
+MESSAGES_LIMIT = 1 << 20
+MEMORY_LIMIT = 1 << 30
+CPU_SECONDS = 30  # for the case that we are killed and cannot stop it
+STANDARD_STREAMS = 3
 
 
-class AssemblerDied(Exception):
-    """The helper ended instead of answering; ``diagnostics`` is what it had written to standard error."""
+class Rejected(Exception):
+    """LLVM made no object; ``diagnostics`` is what it said."""
 
     def __init__(self, diagnostics: str) -> None:
         self.diagnostics = diagnostics
         super().__init__(diagnostics)
 
 
+@cache
+def executable() -> Path:
+    """The program in the package `ziglang`. Raises XenlabError if it is not installed."""
+    spec = find_spec("ziglang")
+    for directory in (spec and spec.submodule_search_locations) or ():
+        path = Path(directory, "zig.exe" if sys.platform == "win32" else "zig")
+        if path.is_file():
+            return path
+    raise XenlabError("the assembler is in the Python package 'ziglang', which is missing: run `pip install ziglang`")
+
+
+def emit_object(text: bytes, timeout: float = TIMEOUT_SECONDS) -> bytes:
+    """The 64-bit ELF object that LLVM makes of ``text``.
+
+    Args:
+        text: assembly source in LLVM's dialect.
+        timeout: seconds after which an unfinished answer is given up.
+
+    Raises:
+        Rejected: LLVM found errors, or ended for another reason.
+        XenlabError: it is not installed, cannot be started, or did not finish in time.
+    """
+    program = executable()
+    try:
+        process = subprocess.Popen(
+            [program, *ARGUMENTS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=program.parent,  # not the user's: nothing there can be named without its full path
+            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
+            **_detached(),
+        )
+    except OSError as error:
+        raise XenlabError(f"the assembler {program} could not be started: {error}") from error
+    with process:
+        try:
+            output = _answer(process, text, timeout)
+        finally:
+            process.kill()
+    return _object(output, process.returncode)
+
+
 def _detached() -> dict[str, Any]:
-    """Popen's options that keep Ctrl-C away from the helper, and a console window off the screen."""
+    """Popen's options that keep Ctrl-C away from the process, and a console window off the screen."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"process_group": 0}
 
 
-class AssemblerProcess:
-    """One lazily started helper; safe with threads, and a forked child gets its own.
+def _confine(pid: int) -> None:
+    """Take the right to open files and bound memory, where one process can do that to another."""
+    if sys.platform != "linux":
+        return
+    import resource
 
-    Args:
-        script: the Python file that the helper runs.
-        timeout: seconds after which an unanswered request is given up.
-    """
-
-    def __init__(self, script: Path = WORKER, timeout: float = TIMEOUT_SECONDS) -> None:
-        self._script, self._timeout = script, timeout
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._diagnostics: IO[bytes] | None = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
-        atexit.register(self.stop)
-
-    @property
-    def pid(self) -> int | None:
-        """The helper's process id, or None while there is none."""
-        return self._process.pid if self._process else None
-
-    def emit_object(self, text: bytes) -> bytes:
-        """The ELF object that LLVM makes of ``text``.
-
-        Raises:
-            AssemblerDied: LLVM rejected the text, or ended for another reason.
-            XenlabError: no answer in time, or this platform's LLVM cannot assemble x86.
-        """
-        with self._lock:
-            process = self._running()
-            try:
-                return self._exchange(process, text)
-            except BaseException:
-                self.stop()  # also on an interrupt: an answer that nobody took must not reach the next caller
-                raise
-
-    def stop(self) -> None:
-        """End the helper; the next request starts another."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            _close(process)
-        if self._diagnostics is not None:
-            self._diagnostics.close()
-            self._diagnostics = None
-
-    def _forget(self) -> None:
-        """In a forked child: the helper and the lock's holder belong to the parent."""
-        self._lock = threading.Lock()
-        if self._process is not None:
-            _close(self._process)
-            self._process.returncode = 0  # not our child: nothing to wait for
-        self._process = self._diagnostics = None
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self.stop()
-            self._process = self._start()
-        return self._process
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # A file and not a pipe: nobody reads it while the helper works, and a full pipe would block it.
-        self._diagnostics = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the helper
-        return subprocess.Popen(
-            # -P: the files beside the script must not shadow the standard library.
-            [sys.executable, "-P", str(self._script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._diagnostics,
-            **_detached(),
-        )
-
-    def _exchange(self, process: subprocess.Popen[bytes], text: bytes) -> bytes:
-        expired = threading.Event()
-
-        def give_up() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(self._timeout, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            reply = _ask(process, text)
-        finally:
-            timer.cancel()
-        if reply is None:
-            raise self._failure(process, expired.is_set())
-        return reply
-
-    def _failure(self, process: subprocess.Popen[bytes], expired: bool) -> Exception:
-        if expired:
-            return XenlabError(f"the assembler gave no answer within {self._timeout:g} s and was stopped")
-        process.wait()
-        diagnostics = self._written()
-        if NO_PARSER in diagnostics:
-            return XenlabError("the installed llvmlite has no x86 assembly parser: its builds hold the host CPU's only")
-        return AssemblerDied(diagnostics or f"exit status {process.returncode}")
-
-    def _written(self) -> str:
-        assert self._diagnostics is not None
-        self._diagnostics.seek(0)
-        return self._diagnostics.read().decode("utf-8", "replace")
+    limits = {
+        resource.RLIMIT_NOFILE: STANDARD_STREAMS,
+        resource.RLIMIT_AS: MEMORY_LIMIT,
+        resource.RLIMIT_CPU: CPU_SECONDS,
+        resource.RLIMIT_CORE: 0,
+    }
+    with suppress(ProcessLookupError, PermissionError):  # it has ended already; a sandbox forbids the call
+        for limit, wanted in limits.items():
+            hard = resource.prlimit(pid, limit)[1]
+            value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.prlimit(pid, limit, (value, value))
 
 
-def _ask(process: subprocess.Popen[bytes], text: bytes) -> bytes | None:
-    """Send one request; None if the helper ended before its reply was complete."""
+def _answer(process: subprocess.Popen[bytes], text: bytes, timeout: float) -> bytes:
+    expired = threading.Event()
+
+    def give_up() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        _confine(process.pid)
+        output = _exchange(process, text)
+    finally:
+        timer.cancel()
+    if expired.is_set():
+        raise XenlabError(f"the assembler did not finish within {timeout:g} s and was stopped")
+    return output
+
+
+def _exchange(process: subprocess.Popen[bytes], text: bytes) -> bytes:
+    """Send the source, then read the answer, but no endless one; the process reads to the end before it writes."""
     assert process.stdin is not None
     assert process.stdout is not None
-    try:
-        process.stdin.write(b"%d\n" % len(text) + text)
-        process.stdin.flush()
-    except OSError:
-        return None
-    size = process.stdout.readline().strip()
-    reply = process.stdout.read(int(size)) if size.isdigit() else b""
-    return reply if size.isdigit() and len(reply) == int(size) else None
+    rest = memoryview(text)
+    with suppress(OSError), process.stdin as stdin:  # it may end without reading
+        while rest:
+            rest = rest[stdin.write(rest) :]
+    output = bytearray()
+    while chunk := process.stdout.read(1 << 20):
+        output += chunk
+        if len(output) > (OBJECT_LIMIT if OBJECT_MAGIC in output else MESSAGES_LIMIT):
+            process.kill()
+            break
+    process.wait()
+    return bytes(output)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            try:
-                pipe.close()
-            except OSError:  # a request was still in the buffer
-                continue
+def _object(output: bytes, status: int) -> bytes:
+    """The object in ``output``, behind what ``.print`` has written there."""
+    start = output.find(OBJECT_MAGIC)
+    if status == 0 and start >= 0:
+        return output[start:]
+    diagnostics = output[: start if start >= 0 else None].decode("utf-8", "replace")
+    if len(output) > OBJECT_LIMIT and not diagnostics.strip():
+        diagnostics = "out of memory: the object is too large"
+    raise Rejected(diagnostics or f"exit status {status}")

@@ -21,6 +21,7 @@ def word_list(text: str) -> tuple[str, ...]:
 
 
 LINE_LABEL = "xenlab$line$"
+VALUE = "xenlab$value$"
 REGISTERS = word_list("""
     eax ebx ecx edx esi edi ebp esp ax bx cx dx si di bp sp al ah bl bh cl ch dl dh cs ds es fs gs ss cr0 cr2
     cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7
@@ -42,13 +43,14 @@ DATA = word_list("""
 # What LLVM calls the 32-bit form (or the 16-bit one) of what the manual calls by these names.
 RENAMED = {"iret": "iretd", "iretw": "iret", "pushf": "pushfd", "popf": "popfd", "xlat": "xlatb"}
 SEGMENT_REGISTER = re.compile(r"\s*([cdefgs]s)\s*", re.I)
+FROM_SEGMENT = re.compile(r"\s*(?:[abcd]x|[sd]i|[sb]p)\s*,\s*[cdefgs]s\s*", re.I)
 PUSHED_ADDRESS = re.compile(r"\s*(?:dword\s+ptr\s+)?offset\s+(.+)", re.I | re.S)
 FAR = re.compile(r"\s*(?:far\s+(?:ptr\s+)?)?([^:\[\]\"]+?)\s*:\s*(?:offset\s+)?([^:\[\]\"]+)", re.I | re.S)
 FAR_PAIR = re.compile(r"\s*([^,\[\]]+?)\s*,\s*(?:offset\s+)?([^,\[\]]+)", re.I | re.S)
 FAR_MEMORY = re.compile(r"(\s*)far\s+(?:ptr\s+)?(\[.*)", re.I | re.S)
 BRANCH = re.compile(r"(?:jmp|call|j[a-z]{1,4}|loop\w*)", re.I)
 FIXED_TARGET = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s*(?:[-+].*)?|\s*\.\s*(?:[-+].*)?", re.I | re.S)
-CONSTANT_SUM = re.compile(rf"\s*({NAME})(?:\s*[-+]\s*\w+)*\s*")
+ARITHMETIC = re.compile(r"[\w.$\s()*/+~<>&|^-]+")
 SEGMENT_OVERRIDE = re.compile(r"\b[cdefgs]s\s*:", re.I)
 ATT, INTEL = ".att_syntax; ", "; .intel_syntax noprefix"
 
@@ -107,16 +109,14 @@ def split_lines(source: str) -> list[Line]:
     text = source.replace("\r\n", "\n")
     kept, bare, at = [], [], 0
     while match := TOKENS.search(text, at):
-        begin, token = match.start(), match[0]
-        end = match.end() if token[0] in "\"'" else _comment_end(text, begin)
-        literal = text[begin:end] if token[0] in "\"'" else _blank(text[begin:end])
-        kept += [text[at:begin], literal]
-        bare += [
-            text[at:begin],
-            literal[0] + _blank(literal[1:-1], "\x01") + literal[-1:] if end - begin > 1 else literal,
-        ]
+        begin, quoted = match.start(), match[0][0] in "\"'"
+        end = match.end() if quoted else _comment_end(text, begin)
+        token = text[begin:end] if quoted else _blank(text[begin:end])
+        kept += [text[at:begin], token]
+        bare += [text[at:begin], token[:1] + _blank(token[1:-1], "\x01") + token[1:][-1:] if quoted else token]
         at = end
-    kept, bare = [*kept, text[at:]], [*bare, text[at:]]
+    kept.append(text[at:])
+    bare.append(text[at:])
     return [Line(*pair) for pair in zip("".join(kept).split("\n"), "".join(bare).split("\n"), strict=True)]
 
 
@@ -135,6 +135,13 @@ def words(line: Line) -> list[str]:
     return WORD.findall(line.bare)
 
 
+def register_bits(operand: str) -> int:
+    """The width of a general register; 0 for any other operand."""
+    if operand.lower() not in REGISTERS[:24]:
+        return 0
+    return 32 if operand.lower().startswith("e") else 8 if operand[-1:].lower() in "lh" else 16
+
+
 def defined_names(lines: list[Line]) -> set[str]:
     """What the source itself defines: labels and equates."""
     return {n for line in lines for n in line.labels} | {e[0] for line in lines if (e := line.equate)}
@@ -144,7 +151,9 @@ def constants(lines: list[Line], predefined: Set[str]) -> set[str]:
     """Names of numbers, not addresses: equates of numbers and of differences, and the predefined ones."""
     known = set(predefined)
     for name, expression in (e for line in lines if (e := line.equate)):
-        if name.lower() not in REGISTERS and ("-" in expression or all(word in known for word in WORD.findall(expression))):
+        if name.lower() not in REGISTERS and (
+            "-" in expression or all(word in known for word in WORD.findall(expression))
+        ):
             known.add(name)
     return known
 
@@ -179,7 +188,7 @@ def translate(lines: list[Line], symbols: Mapping[str, int]) -> Translation:
     used = {word for line in lines for word in words(line)} - defined_names(lines)
     used -= {word for word in used if word.lower() in REGISTERS or not PREDEFINABLE.fullmatch(word)}
     predefined = {name: symbols[name] for name in sorted(used & symbols.keys())}
-    header = "; ".join([".intel_syntax noprefix", *(f".set {n}, {v:#x}" for n, v in predefined.items())])
+    header = "; ".join([".intel_syntax noprefix; .code32", *(f".set {n}, {v:#x}" for n, v in predefined.items())])
     numbers = constants(lines, predefined.keys())
     pieces, depth = [], 0
     for number, line in enumerate(lines, start=1):
@@ -205,7 +214,8 @@ def _statement(line: Line, numbers: Set[str], literals: Set[str]) -> list[Piece]
         return head + special
     word = RENAMED.get(line.word) if not rest.strip() else None
     mnemonic = Piece(word, line.word_at, False) if word else Piece(line.kept[line.word_at : at], line.word_at)
-    return [*head, mnemonic, *_operands(line, numbers - literals)]
+    before, operands = _operands(line, numbers, literals)
+    return [*head, *before, mnemonic, *operands]
 
 
 def _in_att(line: Line, instruction: str, *parts: str | tuple[int, int]) -> list[Piece]:
@@ -230,33 +240,46 @@ def _branch(line: Line, rest: str, numbers: Set[str]) -> list[Piece]:
             begin = line.operands_at + memory.start(2)
             word = Piece(line.word.removeprefix("l") + " fword ptr ", line.word_at, False)
             return [word, Piece(line.kept[begin:], begin)]
-    constant = CONSTANT_SUM.fullmatch(rest)
-    if BRANCH.fullmatch(line.word) and (FIXED_TARGET.fullmatch(rest) or (constant and constant[1] in numbers)):
+    if BRANCH.fullmatch(line.word) and (FIXED_TARGET.fullmatch(rest) or _is_constant(rest, numbers)):
         return _in_att(line, line.word, (0, len(rest)))
     return []
 
 
 def _stack(line: Line, rest: str, numbers: Set[str]) -> list[Piece]:
-    """Pushes and pops that must move four bytes."""
+    """Pushes and pops that must move four bytes, and a move that must not."""
+    if line.word == "mov" and FROM_SEGMENT.fullmatch(rest):  # LLVM drops the prefix that spares the upper half
+        begin = line.word_at
+        return [Piece(".byte 0x66; ", begin, False), Piece(line.kept[begin:], begin)]
     if line.word in ("push", "pop") and (register := SEGMENT_REGISTER.fullmatch(rest)):
         return _in_att(line, line.word + "l", "%", register.span(1))
-    constant = CONSTANT_SUM.fullmatch(rest)
-    if line.word == "push" and constant and constant[1] in numbers:
-        return _in_att(line, "pushl", "$", (0, len(rest)))
+    if line.word == "push" and _is_constant(rest, numbers):
+        return _in_att(line, "pushl", "$(", (0, len(rest)), ")")
     if line.word == "push" and (address := PUSHED_ADDRESS.fullmatch(rest)):
         return _in_att(line, "pushl", "$", address.span(1))
     return []
 
 
-def _operands(line: Line, numbers: Set[str]) -> list[Piece]:
-    """The operands, with ``offset`` before a constant that LLVM would take for a variable's address."""
-    pieces, at = [], line.operands_at
+def _is_constant(operand: str, numbers: Set[str]) -> bool:
+    """Is it arithmetic with at least one named number, and nothing else that has a name?"""
+    named = WORD.findall(operand)
+    return bool(named) and ARITHMETIC.fullmatch(operand) is not None and all(word in numbers for word in named)
+
+
+def _operands(line: Line, numbers: Set[str], literals: Set[str]) -> tuple[list[Piece], list[Piece]]:
+    """Definitions to put before the instruction, and its operands.
+
+    LLVM takes ``len`` for a variable in memory and rejects ``offset len*2``: so each constant expression gets a name
+    of its own and stands as ``offset`` of that.
+    """
+    before: list[Piece] = []
+    pieces: list[Piece] = []
+    at = line.operands_at
     for operand in line.bare[at:].split(","):
-        match = CONSTANT_SUM.fullmatch(operand)
-        if match and match[1] in numbers:
-            pieces.append(Piece(" offset ", at, False))
-        pieces.append(Piece(line.kept[at : at + len(operand)], at))
-        at += len(operand)
-        pieces.append(Piece(line.kept[at : at + 1], at))
-        at += 1
-    return pieces
+        text = Piece(line.kept[at : at + len(operand)], at)
+        if _is_constant(operand, numbers) and not _is_constant(operand, literals):
+            name = f"{VALUE}{len(pieces)}"
+            before += [Piece(f".set {name},", at, False), text, Piece("; ", at, False)]
+            text = Piece(f" offset {name}", at, False)
+        pieces += [text, Piece(line.kept[at + len(operand) :][:1], at + len(operand))]
+        at += len(operand) + 1
+    return before, pieces

@@ -27,7 +27,7 @@ from unicorn import x86_const as x86
 
 from xenlab.errors import MachineError
 from xenlab.machine.cpuid import cpuid
-from xenlab.machine.engine import Context, Engine, context_restore, context_save
+from xenlab.machine.engine import Context, Engine
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.layout import Layout
 from xenlab.machine.memory import Memory
@@ -38,14 +38,18 @@ TrapHandler = Callable[[int, int, int], None]
 
 DIVIDE, DEBUG, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 3, 4, 6, 7, 8
 INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT, MACHINE_CHECK = 10, 11, 12, 13, 14, 17, 18
+# In place of an error code: the vector was named by an INT instruction, so no fault happened and there is none.
+SOFTWARE = -1
 WITH_ERROR_CODE = frozenset((DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT))
 
 # About 10 ms of guest code, so that Ctrl-C is noticed; the public limit is 20 ms.
 SLICE = 400_000
 
 CR0 = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
+_CR0_PG = 0x8000_0000
 CR4_TSD, CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 0x4, 0x20, 0x200, 0x400
 _EFER, _EFER_NXE = 0xC000_0080, 0x800
+_FPCW, _MXCSR = 0x37F, 0x1F80  # as after FNINIT, and at reset
 
 
 class Cpu(Protocol):
@@ -62,11 +66,15 @@ class Cpu(Protocol):
     @instructions.setter
     def instructions(self, value: int) -> None: ...
 
-    def new_state(self, mode: PagingMode, cr3: int) -> CpuState:
+    def new_state(self, mode: PagingMode, cr3: int) -> Any:
         """Registers for a new vCPU: ring 0, zeros, paging on."""
         ...
 
-    def load(self, state: CpuState) -> None:
+    def set_gdt(self, base: int, limit: int) -> None:
+        """Point GDTR of all states made from now on at linear address ``base``."""
+        ...
+
+    def load(self, state: Any) -> None:
         """Make ``state`` the one that runs next and flush the TLB."""
         ...
 
@@ -118,16 +126,20 @@ class ProbedCpu:
         self._leaving_vector = 0
         self._flush = True
         power_on(self._engine)
+        # What every vCPU starts from; the engine itself holds whatever guest ran last.
+        self._reset = Context(self._engine)
         self._install_hooks()
 
     def new_state(self, mode: PagingMode, cr3: int) -> ContextState:
+        self._reset.resume()
         set_paging(self._engine, mode)
         self._flush = True
         return ContextState(self._engine, self._layout, mode, cr3)
 
     def set_gdt(self, base: int, limit: int) -> None:
-        """Point GDTR of all states made from now on at linear address ``base``."""
+        self._reset.resume()
         self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
+        self._reset.capture()
 
     @property
     def instructions(self) -> int:
@@ -145,12 +157,17 @@ class ProbedCpu:
         self._flush = True
 
     def forget_code(self, begin: int, end: int) -> None:
+        # The library translates the addresses by the current tables; without paging they are machine
+        # addresses, and no page fault is left in flight.
+        self._engine.write("cr0", CR0 & ~_CR0_PG)
         self._engine.uc.ctl_remove_cache(begin, end)
+        self._engine.write("cr0", CR0)
 
     def stop(self) -> None:
-        if self._running and self._stopping is None:
+        if self._stopping is None:
             self._stopping = self._counter[0]
-            self._engine.stop()
+            if self._running:
+                self._engine.stop()
 
     @property
     def deadline(self) -> int:
@@ -184,23 +201,23 @@ class ProbedCpu:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        context_save(self._engine.handle, self.state.pointer)
+        self.state.capture_stopped()
         if self._leaving is not None:
             self._leave()
         elif status or reached <= before:
             self._trap_outside(MACHINE_CHECK)
 
     def _resume(self) -> None:
-        context_restore(self._engine.handle, self.state.pointer)
+        self.state.resume_stopped()
         if self._flush:
             self._flush = False
-            self._engine.write("cr3", self.state.cr3)
+            self._engine.write_cr3(self.state.cr3)
 
     def _leave(self) -> None:
         """Take the trap of an instruction whose hook cannot redirect the guest."""
         assert self._leaving is not None
-        context_restore(self._engine.handle, self._leaving.pointer)
-        context_save(self._engine.handle, self.state.pointer)
+        self._leaving.resume()
+        self.state.capture()
         self._leaving = None
         self._stopping = None
         self._trap_outside(self._leaving_vector)
@@ -211,11 +228,10 @@ class ProbedCpu:
 
     def _install_hooks(self) -> None:
         engine = self._engine
-        handle = engine.handle
 
         def on_interrupt(_engine: int, vector: int, _data: int) -> None:
             state = self.state
-            context_save(handle, state.pointer)
+            state.capture()
             try:
                 if vector >= 32:
                     self.handler(vector, 0, 0)
@@ -223,10 +239,10 @@ class ProbedCpu:
                     self._exception(state, vector)
             except BaseException as failure:
                 self._fail(failure)
-            context_restore(handle, self.state.pointer)
+            self.state.resume()
             if self._flush:
                 self._flush = False
-                engine.write("cr3", self.state.cr3)
+                engine.write_cr3(self.state.cr3)
 
         def on_invalid(_engine: int, _data: int) -> bool:
             on_interrupt(0, INVALID_OPCODE, 0)
@@ -237,7 +253,15 @@ class ProbedCpu:
         install_instruction_hooks(engine, self._begin_leaving)
 
     def _exception(self, state: ContextState, vector: int) -> None:
+        if self._leaving is not None:
+            return  # the single step behind an instruction that will not have happened
         state.old_exception[0] = -1
+        state.settle_flags()
+        if state.software[0]:
+            # INT 6 comes as an invalid opcode does, with EIP still before it.
+            state.eip = state.software[1]
+            self.handler(vector, SOFTWARE, 0)
+            return
         error = state.error_code[0] if vector in WITH_ERROR_CODE else 0
         self.handler(vector, error, state.cr2 if vector == PAGE_FAULT else 0)
 
@@ -254,6 +278,10 @@ class ProbedCpu:
 def power_on(engine: Engine) -> None:
     """Put the engine's CPU into the state that all vCPUs start from."""
     engine.uc.msr_write(_EFER, _EFER_NXE)
+    # The library leaves both zero, with a rounding precision that does not match.
+    engine.uc.reg_write(x86.UC_X86_REG_FPCW, _FPCW)
+    engine.uc.reg_write(x86.UC_X86_REG_FPTAG, 0xFFFF)
+    engine.uc.reg_write(x86.UC_X86_REG_MXCSR, _MXCSR)
     engine.write("cr0", CR0)
 
 

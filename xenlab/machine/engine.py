@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import unicorn
@@ -42,16 +43,24 @@ def _function(name: str, *arguments: Any) -> Callable[..., int]:
     return function
 
 
-context_save = _function("uc_context_save", _ptr, _ptr)
-context_restore = _function("uc_context_restore", _ptr, _ptr)
+# Bound without converters and without giving up the GIL: a call costs half as much, and
+# these two are made on every trap.
+_direct = ctypes.PyDLL(uclib._name)
+_direct_save, _direct_restore = _direct["uc_context_save"], _direct["uc_context_restore"]
+
 context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
 context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
-_emu_start = _function("uc_emu_start", _ptr, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t)
+_reg_write = _function("uc_reg_write", _ptr, ctypes.c_int, _ptr)
+# A run keeps the GIL: taking it back on every trap costs a tenth of the trap, and far more
+# when another thread wants it.  Runs are slices of some milliseconds.
+_emu_start = _direct["uc_emu_start"]
+_emu_start.argtypes = (_ptr, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t)
 _emu_stop = _function("uc_emu_stop", _ptr)
 _mem_map_ptr = _function("uc_mem_map_ptr", _ptr, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint32, _ptr)
 _hook_add = _function(
     "uc_hook_add", _ptr, ctypes.POINTER(ctypes.c_size_t), ctypes.c_int, _ptr, _ptr, ctypes.c_uint64, ctypes.c_uint64
 )
+_CR3 = REGISTER_IDS["cr3"]
 
 
 class Engine:
@@ -81,10 +90,13 @@ class Engine:
         self.uc.ctl_exits_enabled(True)
         self.uc.ctl_set_exits([])
         self._callbacks: list[Any] = []
+        self._cr3 = ctypes.c_uint64()
+        self._cr3_address = ctypes.addressof(self._cr3)
 
     def start(self, eip: int, count: int) -> int:
         """Run from ``eip`` for at most ``count`` instructions; the status that Unicorn returns."""
-        return _emu_start(self.handle, eip, 0, 0, count)
+        status: int = _emu_start(self.handle, eip, 0, 0, count)
+        return status
 
     def stop(self) -> None:
         """End the run in progress; meant for callbacks."""
@@ -106,6 +118,11 @@ class Engine:
         """Set a register by name through the public API."""
         self.uc.reg_write(REGISTER_IDS[register], value)
 
+    def write_cr3(self, value: int) -> None:
+        """Set CR3, which empties the TLB."""
+        self._cr3.value = value
+        _reg_write(self.handle, _CR3, self._cr3_address)
+
     def read(self, register: str) -> int:
         """Read a register by name through the public API."""
         value: int = self.uc.reg_read(REGISTER_IDS[register])
@@ -125,14 +142,22 @@ class Context:
 
     Attributes:
         pointer: the ``uc_context`` pointer as an integer.
-        raw: the context's bytes, writable in place.
+        raw: the context's bytes, writable in place while the `Context` lives.
+        capture: copy the engine's state into this context.
+        resume: make this context the engine's state.
     """
+
+    capture: Callable[[], int]
+    resume: Callable[[], int]
 
     def __init__(self, engine: Engine) -> None:
         # Restoring a context that was never saved aborts the process, so one is saved at once.
         self._owner = engine.uc.context_save()
         self.pointer: int = ctypes.cast(self._owner.context, _ptr).value or 0
         self.raw = memoryview((ctypes.c_ubyte * self._owner.size).from_address(self.pointer)).cast("B")
+        handle, pointer = _ptr(engine.handle), _ptr(self.pointer)
+        self.capture = partial(_direct_save, handle, pointer)
+        self.resume = partial(_direct_restore, handle, pointer)
 
     def read(self, register: str) -> int:
         """Read a register of the saved state through the public API."""
@@ -143,14 +168,14 @@ class Context:
     def floating_point(self) -> dict[str, int]:
         """The x87 and SSE registers of the saved state, by name."""
         values = {}
-        for name, (identifier, size) in _FLOATING_POINT.items():
+        for name, (identifier, size) in FLOATING_POINT.items():
             buffer = (ctypes.c_ubyte * 16)()
             context_reg_read(self.pointer, identifier, buffer)
             values[name] = int.from_bytes(bytes(buffer)[:size], "little")
         return values
 
 
-_FLOATING_POINT: dict[str, tuple[int, int]] = {
+FLOATING_POINT: dict[str, tuple[int, int]] = {
     **{f"st{n}": (getattr(x86, f"UC_X86_REG_ST{n}"), 10) for n in range(8)},
     **{f"xmm{n}": (getattr(x86, f"UC_X86_REG_XMM{n}"), 16) for n in range(8)},
     **{f"fp{word}": (getattr(x86, f"UC_X86_REG_FP{word.upper()}"), 2) for word in ("cw", "sw", "tag")},

@@ -3,7 +3,7 @@
 Problem: an object's sections have no addresses, and its code has holes where addresses belong.
 Invariant: the image's byte ``i`` is what the guest sees at ``base + i``; each hole is filled or the link fails.
 Without the range checks a 16-bit hole would silently keep the low half of an address.
-Relocation types: System V ABI, Intel386 supplement, and the GNU additions for 8 and 16 bits.
+Relocation types: System V ABI, AMD64 supplement; `assembler_process` says why 32-bit code comes in a 64-bit object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ IMAGE_LIMIT = 64 << 20
 ADDRESS_SPACE = 1 << 32
 SHF_ALLOC = 2
 DEFAULT_TEXT_ALIGNMENT = 4  # what LLVM writes for a .text in which nobody asked for more
-RELOCATIONS = {1: (4, False), 2: (4, True), 4: (4, True), 20: (2, False), 21: (2, True), 22: (1, False), 23: (1, True)}
+# Type: bytes of the hole, and whether it holds the distance from the hole.
+RELOCATIONS = {
+    1: (8, False),
+    2: (4, True),
+    4: (4, True),
+    10: (4, False),
+    11: (4, False),
+    12: (2, False),
+    13: (2, True),
+    14: (1, False),
+    15: (1, True),
+}
 
 
 class LinkError(XenlabError):
@@ -28,10 +39,14 @@ class LinkError(XenlabError):
     Attributes:
         symbol: the undefined symbol, or "" if it is not about one.
         address: where in the image the hole is, or None.
+        labels: the absolute address of each label, if ``address`` is known.
+        further: the addresses of the other holes that cannot be filled.
     """
 
     def __init__(self, problem: str, *, symbol: str = "", address: int | None = None) -> None:
         self.problem, self.symbol, self.address = problem, symbol, address
+        self.labels: dict[str, int] = {}
+        self.further: list[int] = []
         super().__init__(problem)
 
 
@@ -112,7 +127,7 @@ def _labels(layout: _Layout) -> dict[str, int]:
 def _holes(layout: _Layout) -> Iterator[tuple[Any, int, Any]]:
     """Each relocation of an allocated section, with its address and its symbol."""
     for section in layout.elf.iter_sections():
-        start = layout.addresses.get(section["sh_info"]) if section["sh_type"] == "SHT_REL" else None
+        start = layout.addresses.get(section["sh_info"]) if section["sh_type"] == "SHT_RELA" else None
         if start is not None:
             table = layout.elf.get_section(section["sh_link"])
             for relocation in section.iter_relocations():
@@ -120,18 +135,31 @@ def _holes(layout: _Layout) -> Iterator[tuple[Any, int, Any]]:
 
 
 def _relocate(layout: _Layout, code: bytearray) -> None:
+    errors: list[LinkError] = []
     for relocation, address, symbol in _holes(layout):
-        kind = relocation["r_info_type"]
-        if kind not in RELOCATIONS:
-            raise LinkError(f"relocation type {kind} of '{symbol.name}' is not one of a flat image", address=address)
-        size, relative = RELOCATIONS[kind]
-        hole = slice(address - layout.base, address - layout.base + size)
         try:
-            target = layout.value(symbol)
+            content = _content(layout, relocation, address, symbol)
         except LinkError as error:
-            raise LinkError(error.problem, symbol=symbol.name, address=address) from None
-        value = target + int.from_bytes(code[hole], "little", signed=True) - (address if relative else 0)
-        code[hole] = _fitted(value, size, relative, address)
+            errors.append(error)
+        else:
+            code[address - layout.base : address - layout.base + len(content)] = content
+    if errors:
+        errors[0].labels = _labels(layout)
+        errors[0].further = [error.address for error in errors[1:] if error.address is not None]
+        raise errors[0]
+
+
+def _content(layout: _Layout, relocation: Any, address: int, symbol: Any) -> bytes:
+    """What the hole at ``address`` is to hold."""
+    kind = relocation["r_info_type"]
+    if kind not in RELOCATIONS:
+        raise LinkError(f"relocation type {kind} of '{symbol.name}' is not one of a flat image", address=address)
+    size, relative = RELOCATIONS[kind]
+    try:
+        target = layout.value(symbol)
+    except LinkError as error:
+        raise LinkError(error.problem, symbol=error.symbol, address=address) from None
+    return _fitted(target + relocation["r_addend"] - (address if relative else 0), size, relative, address)
 
 
 def _fitted(value: int, size: int, relative: bool, address: int) -> bytes:

@@ -19,8 +19,10 @@ as if the CPU had executed it.  What breaks without it: a guest that comes back 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from xenlab.machine import layout as at
@@ -29,7 +31,7 @@ from xenlab.machine.paging import PagingMode
 from xenlab.machine.segments import Descriptor
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 0x1, 0x4, 0x10, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
-IOPL, NT, RF, VM, AC = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000
+IOPL, NT, RF, VM, AC, ID = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000, 0x20_0000
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
 # Indices of 32-bit words, counted from the first general register.
@@ -39,6 +41,9 @@ _EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = (
 _CACHES, _STRIDE, _CONTROL = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4, at.CONTROL // 4
 _HEAD_BYTES = at.CONTROL + 5 * 8
 _ES, _CS, _SS, _DS = range(4)
+_GENERAL = struct.Struct("<" + 8 * "I4x")
+# The same, then EIP and the hidden flags, whose two lowest bits are the ring.
+_FRAME = struct.Struct(f"<{8 * 'I4x'}64xI{at.HFLAGS - at.EIP - 4}xI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,14 @@ class CpuState(Protocol):
         """EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI."""
         ...
 
+    def frame(self) -> tuple[int, ...]:
+        """The eight general registers, EIP, and a word whose two lowest bits are the ring."""
+        ...
+
+    def set_eax(self, value: int) -> None:
+        """Set EAX: what a hypercall does last."""
+        ...
+
     def save(self) -> bytes:
         """Everything, as bytes that `restore` of the same process takes."""
         ...
@@ -139,7 +152,7 @@ class ContextState:
 
     Attributes:
         words: the leading part of the CPU state as 32-bit words, from EAX on.
-        pointer: the context, for the engine's calls.
+        capture, resume: copy the engine's state here, and back.
     """
 
     eax, ecx, edx, ebx = _Word(0), _Word(2), _Word(4), _Word(6)
@@ -148,10 +161,16 @@ class ContextState:
 
     def __init__(self, engine: Engine, layout: at.Layout, mode: PagingMode, cr3: int) -> None:
         self._context = Context(engine)
-        self.pointer = self._context.pointer
+        self.capture, self.resume = self._context.capture, self._context.resume
         raw = self._context.raw
-        self.words = raw[layout.general : layout.general + _HEAD_BYTES].cast("I")
+        self._head = raw[layout.general : layout.general + _HEAD_BYTES]
+        self.words = self._head.cast("I")
+        # Bound to the buffer here, since every hypercall does these two and nothing else.
+        self.frame = partial(_FRAME.unpack_from, self._head)
+        self.set_eax = partial(self.words.__setitem__, 0)
         self.error_code = raw[layout.error_code : layout.error_code + 4].cast("I")
+        # Behind the error code: 1 after INT n, INT3 and INTO, and the EIP behind the instruction.
+        self.software = raw[layout.error_code + 4 : layout.error_code + 12].cast("I")
         self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
         self.mode, self.cr3 = mode, cr3
 
@@ -177,6 +196,25 @@ class ContextState:
         words[_CC_SRC] = value & ARITHMETIC
         words[_CC_OP] = at.CC_OP_EFLAGS
         words[_DF] = 0xFFFF_FFFF if value & DF else 1
+
+    def settle_flags(self) -> None:
+        """Make the flags explicit: else a fault of the next instruction would find half of them converted."""
+        if self.words[_CC_OP] != at.CC_OP_EFLAGS:
+            self.eflags = self._context.read("eflags")
+
+    def capture_stopped(self) -> None:
+        """Copy the state of an engine that is not running here.
+
+        Between two runs the engine keeps all flags in one word; during a run it keeps most of them
+        beside it.  A context holds them as they stand during a run, the form that traps need.
+        """
+        self.capture()
+        self.eflags = self._context.read("eflags")
+
+    def resume_stopped(self) -> None:
+        """Make this the state of an engine that is not running."""
+        self.words[_EFLAGS] = self.eflags
+        self.resume()
 
     def segment(self, name: str) -> Segment:
         start = _CACHES + _STRIDE * SEGMENTS.index(name)
@@ -210,8 +248,8 @@ class ContextState:
         return self.words[_CACHES + _STRIDE * number + 5]
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
-        w = self.words
-        return w[0], w[2], w[4], w[6], w[8], w[10], w[12], w[14]
+        registers: tuple[int, int, int, int, int, int, int, int] = _GENERAL.unpack_from(self._head)
+        return registers
 
     def save(self) -> bytes:
         return bytes(self._context.raw) + self.cr3.to_bytes(4, "little")
@@ -221,14 +259,14 @@ class ContextState:
         self.cr3 = int.from_bytes(saved[-4:], "little")
 
     def architectural(self) -> Mapping[str, int]:
-        return architectural(self, self._context)
+        return architectural(self, self._context.floating_point())
 
 
-def architectural(state: CpuState, context: Context) -> dict[str, int]:
-    """All registers that a program can observe, by name, including the floating-point ones."""
+def architectural(state: CpuState, floating_point: Mapping[str, int]) -> dict[str, int]:
+    """All registers that a program can observe, by name."""
     values = dict(zip(GENERAL, state.general(), strict=True))
     values |= {"eip": state.eip, "eflags": state.eflags, "cpl": state.cpl, "cr2": state.cr2, "cr3": state.cr3}
     for name in SEGMENTS:
         segment = state.segment(name)
         values |= {name: segment.selector, f"{name}.base": segment.base, f"{name}.limit": segment.limit}
-    return values | context.floating_point()
+    return values | floating_point

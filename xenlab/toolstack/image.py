@@ -126,7 +126,6 @@ def image_from_elf(data: bytes, name: str = "guest") -> Image:
         ImageError: not ELF, truncated, of another class or machine, without anything to load,
             or with addresses that contradict each other.
     """
-    from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
     if data[:4] != ELF_MAGIC:
@@ -140,7 +139,7 @@ def image_from_elf(data: bytes, name: str = "guest") -> Image:
         return _image_of(elf, data, name)
     except ImageError:
         raise
-    except (ELFError, ValueError, KeyError, OverflowError, OSError, AttributeError, UnicodeDecodeError) as problem:
+    except Exception as problem:  # the ELF library answers damage with whatever its parsers stumble over
         raise ImageError(f"image {name!r}: truncated or damaged ELF file ({problem})") from None
 
 
@@ -175,6 +174,8 @@ def _image_of(elf: ELFFile, data: bytes, name: str) -> Image:
 
 def _check(image: Image) -> None:
     low, high = min(section.address for section in image.sections), image.end
+    if image.base % PAGE_SIZE:
+        raise ImageError(f"image {image.name!r}: virtual base {image.base:#x} is not at the start of a page")
     if low < image.base:
         raise ImageError(f"image {image.name!r}: loads at {low:#x}, below its virtual base {image.base:#x}")
     if not low <= image.entry < high:

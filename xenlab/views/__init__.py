@@ -1,1 +1,40 @@
 """A mechanism's state as a picture or a text table; widgets are a thin shell round that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenlab.views.bars import BarsView, cost_bars
+from xenlab.views.calls import CallTimeline
+from xenlab.views.machine import MachineView
+from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
+from xenlab.views.picture import Picture
+from xenlab.views.player import Movable
+from xenlab.views.registers import RegistersView
+from xenlab.views.rings import RingsView
+
+if TYPE_CHECKING:
+    from xenlab.views.live import LiveView
+
+
+def live(timeline: Movable, *views: Picture) -> LiveView:
+    """One widget with one control bar for all ``views``, which show ``timeline.hypervisor``."""
+    from xenlab.views.live import LiveView  # ipywidgets take 0.3 s to load
+
+    return LiveView(timeline, *views)
+
+
+__all__ = [
+    "BarsView",
+    "CallTimeline",
+    "Cell",
+    "InstructionMatrix",
+    "InstructionRow",
+    "MachineView",
+    "Outcome",
+    "Picture",
+    "RegistersView",
+    "RingsView",
+    "cost_bars",
+    "live",
+]

@@ -1,0 +1,139 @@
+"""Numbers and structures of the public interface, against fixed values and against Xen's headers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from xenlab.abi import numbers, structures
+
+SIZES = {"StartInfo": 1112, "SharedInfo": 2344, "VcpuInfo": 64, "VcpuTimeInfo": 32, "TrapInfo": 8, "MulticallEntry": 32}
+OFFSETS = {
+    ("StartInfo", "nr_pages"): 32,
+    ("StartInfo", "shared_info"): 36,
+    ("StartInfo", "flags"): 40,
+    ("StartInfo", "store_mfn"): 44,
+    ("StartInfo", "console_mfn"): 52,
+    ("StartInfo", "pt_base"): 60,
+    ("StartInfo", "nr_pt_frames"): 64,
+    ("StartInfo", "mfn_list"): 68,
+    ("StartInfo", "cmd_line"): 80,
+    ("StartInfo", "first_p2m_pfn"): 1104,
+    ("SharedInfo", "evtchn_pending"): 2048,
+    ("SharedInfo", "evtchn_mask"): 2176,
+    ("SharedInfo", "wc_version"): 2304,
+    ("SharedInfo", "max_pfn"): 2316,
+    ("VcpuInfo", "evtchn_upcall_mask"): 1,
+    ("VcpuInfo", "evtchn_pending_sel"): 4,
+    ("VcpuInfo", "cr2"): 8,
+    ("VcpuInfo", "time"): 32,
+    ("VcpuTimeInfo", "tsc_timestamp"): 8,
+    ("TrapInfo", "cs"): 2,
+    ("TrapInfo", "address"): 4,
+    ("MulticallEntry", "args"): 8,
+}
+
+
+def size_of(name: str) -> int:
+    return ctypes.sizeof(getattr(structures, name))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name: str) -> None:
+    # shared_info of a 32-bit guest: 32 vCPUs, two bitmaps, clock, arch part.
+    assert size_of(name) == SIZES[name]
+
+
+@pytest.mark.parametrize(("structure", "field"), OFFSETS)
+def test_offsets(structure: str, field: str) -> None:
+    assert getattr(getattr(structures, structure), field).offset == OFFSETS[structure, field]
+
+
+def test_numbers_everyone_knows() -> None:
+    assert numbers.HYPERCALL_VECTOR == 0x82
+    assert (numbers.Hypercall.console_io, numbers.Hypercall.iret, numbers.Hypercall.sched_op) == (18, 23, 29)
+    assert (numbers.Errno.EFAULT, numbers.Errno.EINVAL, numbers.Errno.ENOSYS) == (14, 22, 38)
+    assert (numbers.FLAT_RING1_CS, numbers.FLAT_RING1_DS) == (0xE019, 0xE021)
+    assert (numbers.FLAT_RING3_CS, numbers.FLAT_RING3_DS) == (0xE02B, 0xE033)
+    assert [reason.name for reason in numbers.Shutdown] == [
+        "POWEROFF",
+        "REBOOT",
+        "SUSPEND",
+        "CRASH",
+        "WATCHDOG",
+        "SOFT_RESET",
+    ]
+
+
+C_NAMES = {
+    "StartInfo": "struct start_info",
+    "SharedInfo": "struct shared_info",
+    "VcpuInfo": "struct vcpu_info",
+    "VcpuTimeInfo": "struct vcpu_time_info",
+    "TrapInfo": "struct trap_info",
+    "MulticallEntry": "struct multicall_entry",
+}
+# Our name of a field: that of the C structure, where it is spelt another way there.
+C_FIELDS = {
+    ("StartInfo", "console_mfn"): "console.domU.mfn",
+    ("StartInfo", "console_evtchn"): "console.domU.evtchn",
+    ("VcpuInfo", "cr2"): "arch.cr2",
+    ("SharedInfo", "max_pfn"): "arch.max_pfn",
+    ("SharedInfo", "pfn_to_mfn_frame_list_list"): "arch.pfn_to_mfn_frame_list_list",
+    ("SharedInfo", "nmi_reason"): "arch.nmi_reason",
+    ("SharedInfo", "p2m_cr3"): "arch.p2m_cr3",
+    ("SharedInfo", "p2m_vaddr"): "arch.p2m_vaddr",
+    ("SharedInfo", "p2m_generation"): "arch.p2m_generation",
+    ("SharedInfo", "wc_sec_hi"): "arch.wc_sec_hi",
+}
+PADDING = {"pad", "pad0", "pad1"}
+
+
+def expectations() -> dict[str, int]:
+    """C expressions and the values that they must have."""
+    expected = {f"sizeof({c_name})": size_of(name) for name, c_name in C_NAMES.items()}
+    for name, c_name in C_NAMES.items():
+        structure = getattr(structures, name)
+        for field, *_ in structure._fields_:
+            if field not in PADDING:
+                c_field = C_FIELDS.get((name, field), field)
+                expected[f"__builtin_offsetof({c_name}, {c_field})"] = getattr(structure, field).offset
+    expected |= {f"__HYPERVISOR_{call.name}": call for call in numbers.Hypercall}
+    expected |= {f"XEN_{errno.name}": errno for errno in numbers.Errno}
+    expected |= {f"SCHEDOP_{command.name.lower()}": command for command in numbers.SchedOp}
+    expected |= {f"SHUTDOWN_{reason.name.lower()}": reason for reason in numbers.Shutdown}
+    expected |= {f"CONSOLEIO_{command.name.lower()}": command for command in numbers.ConsoleIo}
+    expected |= {f"XENVER_{command.name.lower()}": command for command in numbers.XenVersion}
+    expected |= {"SIF_PRIVILEGED": numbers.StartFlags.PRIVILEGED, "SIF_INITDOMAIN": numbers.StartFlags.INITDOMAIN}
+    expected |= {name: getattr(numbers, name) for name in dir(numbers) if name.startswith("FLAT_RING")}
+    expected |= {
+        "FIRST_RESERVED_GDT_PAGE": numbers.FIRST_RESERVED_GDT_PAGE,
+        "__HYPERVISOR_VIRT_START_PAE": numbers.HYPERVISOR_START_PAE,
+        "XEN_LEGACY_MAX_VCPUS": structures.MAX_VCPUS,
+        "MAX_GUEST_CMDLINE": structures.COMMAND_LINE_BYTES,
+    }
+    return expected
+
+
+@pytest.mark.skipif(not Path("/usr/include/xen/xen.h").exists(), reason="needs Xen's headers (Debian: libxen-dev)")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_equal_to_xens_headers(tmp_path: Path) -> None:
+    """Each expression is an assertion of the compiler's; all that fail are named at once."""
+    lines = ["#define __XEN_INTERFACE_VERSION__ 0x00040d00", "typedef unsigned char uint8_t;"]
+    lines += ["typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef unsigned long long uint64_t;"]
+    lines += ["typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;"]
+    lines += ["typedef unsigned int size_t; typedef int ssize_t; typedef unsigned long uintptr_t;"]
+    headers = ("xen.h", "sched.h", "version.h", "errno.h")
+    lines += [f"#include <xen/{header}>" for header in headers]
+    lines += [f'_Static_assert(({what}) == {int(value)}, "{what}");' for what, value in expectations().items()]
+    source = tmp_path / "abi.c"
+    source.write_text("\n".join(lines) + "\n")
+    # The headers need no C library, but ask for its integer types by name.
+    (tmp_path / "stdint.h").write_text("")
+    command = ["gcc", "-m32", "-ffreestanding", "-fsyntax-only", "-I", str(tmp_path), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr

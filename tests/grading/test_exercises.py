@@ -1,0 +1,177 @@
+"""A right answer gets full points, none gets none, a half-right one a part, each with feedback that helps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xenlab.grading.judge import grade
+from xenlab.grading.report import Report
+
+NUMBERS = ("00", "01", "02", "03")
+Grade = Callable[..., Report]
+
+HALF_00 = """
+source = '''
+start:  mov ebx, CONSOLEIO_write
+        mov ecx, length
+        mov edx, offset line
+        mov eax, __HYPERVISOR_console_io
+        int 0x82
+        hlt
+line:   .ascii "''' + exercise.parameters["lines"][0] + '''\\\\n"
+length = . - line
+'''
+"""
+HALF_02 = """
+class MyEmulator:
+    def emulate(self, code, registers, system):
+        rules = exercise.parameters
+        if code[:2] == b"\\x0f\\x31":
+            time = system["tsc"] * rules["factor"] + rules["offset"]
+            return {"eax": time & 0xFFFFFFFF, "edx": time >> 32, "eip": registers["eip"] + 2}
+        if code[:3] == b"\\x0f\\x20\\xe0":
+            return {"eax": system["cr4"], "eip": registers["eip"] + 3}
+        return None
+"""
+
+
+def points(report: Report) -> dict[str, int]:
+    return {check.id: check.points for check in report.checks}
+
+
+def messages(report: Report) -> str:
+    return "\n".join(check.message for check in report.checks)
+
+
+@pytest.mark.parametrize("student", ["", "ada", "grace"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_solution_gets_full_points(judged: Grade, number: str, student: str) -> None:
+    report = judged(number, student=student)
+    assert report.error is None
+    assert (report.score, report.max_score) == (10, 10), report.text()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_empty_submission_gets_nothing(repository: Path, number: str) -> None:
+    (report,) = grade((repository / "exercises").glob(f"{number}-*.ipynb"))
+    assert (report.score, report.max_score, report.error) == (0, 10, None)
+    assert all(check.message for check in report.checks)
+    assert any("NotImplementedError" in text for text in (*report.notes, messages(report)))
+
+
+def test_half_right_00_prints_one_line_and_crashes(judged: Grade) -> None:
+    report = judged("00", HALF_00)
+    assert points(report) == {"00.1": 2, "00.2": 0, "00.3": 0, "00.4": 0}
+    assert "expected 5 lines, found 1" in messages(report) or "lines, found 1" in messages(report)
+    assert "no handler registered" in messages(report)
+
+
+def test_wrong_line_00_names_the_first_wrong_call(judged: Grade, solution: Callable[[str], str]) -> None:
+    report = judged(
+        "00", solution("00") + '\nsource = source.replace("inc byte", "nop; dec byte").replace("dec esi", "dec esi")'
+    )
+    wrong = judged("00", solution("00").replace('"inc" if', '"dec" if').replace('else "dec"', 'else "inc"'))
+    assert points(wrong) == {"00.1": 2, "00.2": 0, "00.3": 2, "00.4": 2}
+    assert "first wrong step: instruction" in messages(wrong)
+    assert "int 0x82" in messages(wrong)
+    assert report.max_score == 10
+
+
+def test_refused_call_00_is_shown_with_its_arguments(judged: Grade, solution: Callable[[str], str]) -> None:
+    report = judged("00", solution("00").replace("offset line\n", "0x10\n"))
+    assert report.score == 0
+    assert "address 0x10 answered -14" in messages(report)
+
+
+def test_assembly_error_00_names_the_line(judged: Grade) -> None:
+    report = judged("00", 'source = "start: nop\\n  moov eax, 1\\n"')
+    assert report.score == 0
+    assert report.error is None
+    assert "line 2" in messages(report)
+
+
+def test_half_right_01_misjudges_and_proves_little(judged: Grade, solution: Callable[[str], str]) -> None:
+    spoil = """
+silent = [name for name, kind in classification.items() if kind == "silent"]
+classification[silent[0]] = "harmless"
+proofs[silent[1]] = "mov eax, cs"
+"""
+    report = judged("01", solution("01") + spoil)
+    assert points(report)["01.1"] == 1
+    assert points(report)["01.2"] == points(report)["01.3"] == 0
+    assert 0 < points(report)["01.4"] < 6
+    assert "in ring 1 it raised nothing" in messages(report)
+    assert "does not contain the instruction" in messages(report)
+
+
+@pytest.mark.parametrize("kind", ["traps", "silent", "harmless"])
+def test_guessing_one_class_earns_nothing(judged: Grade, kind: str) -> None:
+    report = judged(
+        "01", f"classification = dict.fromkeys(exercise.parameters['instructions'], {kind!r})\nproofs = {{}}"
+    )
+    assert report.score == 0
+
+
+def test_proof_must_be_by_the_instruction_itself(judged: Grade, solution: Callable[[str], str]) -> None:
+    beside = '\nproofs = {name: program + "\\nmov eax, cs" for name, program in proofs.items()}'
+    report = judged("01", solution("01") + beside)
+    assert points(report)["01.4"] < 6
+    assert "also differs without the instruction" in messages(report)
+
+
+def test_half_right_02_has_the_clock_only(judged: Grade) -> None:
+    report = judged("02", HALF_02)
+    assert points(report)["02.1"] == 3
+    assert points(report)["02.2"] == points(report)["02.3"] == 0
+    assert 0 < report.score < 10
+    assert "first wrong step: instruction" in messages(report)
+    assert "mov eax, cr4" in messages(report)
+    assert "expected eax" in messages(report)
+
+
+OURS = "from xenlab.hypervisor.emulate import PrivilegedInstructions as MyEmulator"
+OURS_AS_BASE = (
+    "from xenlab.hypervisor.emulate import PrivilegedInstructions\nclass MyEmulator(PrivilegedInstructions): pass"
+)
+REFUSE_ALL = "class MyEmulator:\n    def emulate(self, code, registers, system):\n        return None"
+
+
+@pytest.mark.parametrize("answer", [OURS, OURS_AS_BASE, REFUSE_ALL])
+@pytest.mark.parametrize("student", ["", "ada"])
+def test_the_shipped_emulator_and_refusing_earn_nothing(judged: Grade, answer: str, student: str) -> None:
+    assert judged("02", answer, student).score == 0
+
+
+def test_half_right_03_checks_no_arguments(judged: Grade, solution: Callable[[str], str]) -> None:
+    careless = (
+        solution("03").replace('if length > RULES["limit"]:', "if False:").replace("if data is None:", "if False:")
+    )
+    report = judged("03", careless)
+    assert points(report)["03.1"] == 4
+    assert points(report)["03.3"] < 3
+    assert points(report)["03.2"] < 3
+    assert "first wrong step: instruction" in messages(report)
+    assert "longer than the limit; expected the answer -" in messages(report)
+
+
+def test_refusing_every_call_earns_nothing(judged: Grade) -> None:
+    answer = "class MyHypercall:\n    def call(self, arguments, read):\n        return -14, {}"
+    assert judged("03", answer).score == 0
+
+
+def test_report_has_the_promised_json(judged: Grade) -> None:
+    report = judged("03", student="ada").to_json()
+    assert list(report) == ["submission", "lesson", "seed", "score", "max_score", "checks", "error"]
+    assert json.loads(json.dumps(report)) == report
+    assert [list(check) for check in report["checks"]] == [["id", "points", "max_points", "message"]] * 3
+    assert report["lesson"] == "03"
+    assert report["seed"] == 4260250381
+
+
+def test_two_workers_give_the_same_reports_in_order(repository: Path) -> None:
+    paths = sorted((repository / "solutions").glob("*.ipynb"))[:3]
+    assert grade(paths, workers=2) == grade(paths)

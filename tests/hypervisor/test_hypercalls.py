@@ -1,0 +1,392 @@
+"""Every hypercall with good, bad and wild arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenlab import Hypervisor, Machine, boot
+from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Hypercall
+from xenlab.abi.structures import MulticallEntry
+from xenlab.hypervisor.domain import RunState
+from xenlab.hypervisor.heap import FREE
+from xenlab.hypervisor.hypercalls import hypercall_page
+from xenlab.hypervisor.trace import Kind, Trace
+from xenlab.machine.paging import PAE, RW, TWO_LEVEL, PagingMode
+
+SERVED = {
+    Hypercall.set_trap_table,
+    Hypercall.stack_switch,
+    Hypercall.multicall,
+    Hypercall.xen_version,
+    Hypercall.console_io,
+    Hypercall.iret,
+    Hypercall.sched_op,
+}
+BASE = 0xC000_0000
+SCRATCH, END = 0xC000_8000, 0xC010_0000
+IDLE = "start: jmp start\n .align 4096\n .skip 0x8000"
+
+
+class Bench:
+    """A guest that is held still while hypercalls are made with its registers."""
+
+    def __init__(self, mode: PagingMode = TWO_LEVEL) -> None:
+        self.xen = Hypervisor(Machine(memory_mib=4), trace=Trace())
+        self.domain = boot(self.xen, IDLE, mode=mode)
+        self.xen.run(10)
+        self.vcpu = self.domain.vcpus[0]
+
+    def call(self, number: int, *arguments: int) -> int:
+        """The result of one hypercall, as the signed number that a guest's C code would see."""
+        state = self.vcpu.state
+        for name, value in zip(("ebx", "ecx", "edx", "esi", "edi", "ebp"), arguments, strict=False):
+            setattr(state, name, value)
+        state.eax = number
+        self.xen.trap(HYPERCALL_VECTOR, 0, 0)
+        return state.eax - (state.eax >> 31 << 32)
+
+    def write(self, address: int, data: bytes) -> None:
+        self.xen.guest_memory.write(self.vcpu, address, data)
+
+    def read(self, address: int, length: int) -> bytes:
+        return self.xen.guest_memory.read(self.vcpu, address, length)
+
+    @property
+    def tables(self) -> int:
+        return int.from_bytes(self.read(self.vcpu.state.esi + 60, 4), "little")
+
+
+@pytest.fixture
+def bench(mode: PagingMode) -> Bench:
+    return Bench(mode)
+
+
+@pytest.fixture(scope="module")
+def bench_table() -> Bench:
+    return Bench()
+
+
+@given(number=st.integers(0, 2**32 - 1) | st.integers(0, 80))
+def test_unknown_numbers_are_enosys(bench_table: Bench, number: int) -> None:
+    if number in SERVED:
+        return
+    before = bench_table.vcpu.state.architectural()
+    assert bench_table.call(number) == -Errno.ENOSYS
+    after = dict(bench_table.vcpu.state.architectural())
+    assert {**before, "eax": 0} == {**after, "eax": 0}
+
+
+def test_hypercall_page_byte_for_byte() -> None:
+    page = hypercall_page()
+    assert len(page) == 4096
+    for number in range(128):
+        stub = page[32 * number : 32 * number + 32]
+        if number == 23:  # push %eax; mov $23, %eax; int $0x82
+            assert stub.rstrip(b"\xcc") == bytes.fromhex("50 b8 17000000 cd82")
+        else:
+            assert stub.rstrip(b"\xcc") == b"\xb8" + number.to_bytes(4, "little") + bytes.fromhex("cd82 c3")
+
+
+def test_hypercall_page_in_memory_works_by_call(mode: PagingMode, play_text: Any) -> None:
+    text = "start: mov ebx, XENVER_version\n call hypercall_page + 32 * __HYPERVISOR_xen_version\n stop: jmp stop"
+    seen = play_text(text, mode, budget=8)
+    assert seen.vcpu.state.eax >> 16 == 4
+    assert seen.vcpu.state.eip == seen.label("stop")
+
+
+WILD = {
+    "null": 0,
+    "one": 1,
+    "last below the image": BASE - 1,
+    "end of memory": END,
+    "across the end": END - 1,
+    "far": 0x8000_0000,
+    "hypervisor": 0xFD00_0000,
+    "descriptor table": 0xFF00_E000,
+    "wraps around": 0xFFFF_FFFF,
+    "wraps around later": 0xFFFF_FFF0,
+}
+# Calls that read or write behind a pointer: arguments with None where the pointer goes.
+POINTERS: dict[str, tuple[int, tuple[int | None, ...]]] = {
+    "set_trap_table": (Hypercall.set_trap_table, (None,)),
+    "console write": (Hypercall.console_io, (0, 16, None)),
+    "shutdown": (Hypercall.sched_op, (2, None)),
+    "multicall": (Hypercall.multicall, (None, 3)),
+    **{f"xen_version {command}": (Hypercall.xen_version, (command, None)) for command in (1, 2, 3, 4, 5, 6, 8, 9)},
+}
+READ_ONLY_IS_FINE = {"set_trap_table", "console write", "shutdown"}
+
+
+def with_pointer(arguments: tuple[int | None, ...], pointer: int) -> list[int]:
+    return [pointer if argument is None else argument for argument in arguments]
+
+
+@pytest.mark.parametrize("place", WILD)
+@pytest.mark.parametrize("name", POINTERS)
+def test_wild_pointer_is_efault_and_changes_nothing(
+    name: str, place: str, bench: Bench, frozen: Callable[[Hypervisor], Any]
+) -> None:
+    if (name, place) == ("set_trap_table", "null"):
+        pytest.skip("a null table means: forget all handlers")
+    if place == "descriptor table" and name in READ_ONLY_IS_FINE:
+        pytest.skip("covered by the next test")
+    number, arguments = POINTERS[name]
+    # EAX holds the result; all else must be as it was.
+    bench.call(number, *with_pointer(arguments, WILD[place]))
+    before = frozen(bench.xen)
+    assert bench.call(number, *with_pointer(arguments, WILD[place])) == -Errno.EFAULT
+    assert frozen(bench.xen) == before
+
+
+@pytest.mark.parametrize("name", [name for name in POINTERS if name not in READ_ONLY_IS_FINE])
+@pytest.mark.parametrize("where", ["page table", "across into a page table"])
+def test_results_are_not_written_over_page_tables(
+    name: str, where: str, bench: Bench, frozen: Callable[[Hypervisor], Any]
+) -> None:
+    number, arguments = POINTERS[name]
+    pointer = bench.tables - (2 if where.startswith("across") else 0)
+    bench.call(number, *with_pointer(arguments, pointer))
+    before = frozen(bench.xen)
+    assert bench.call(number, *with_pointer(arguments, pointer)) == -Errno.EFAULT
+    assert frozen(bench.xen) == before
+
+
+@pytest.mark.parametrize("pointer", [0xFF00_E018, 0xFF00_0000, 0xF580_0000, 0xFC00_0000])
+def test_the_hypervisors_range_is_not_read_for_a_guest(pointer: int, bench: Bench) -> None:
+    """The guest's kernel may read the descriptor table itself, but not have it read past its segment limit."""
+    if bench.vcpu.state.mode is TWO_LEVEL and pointer == 0xF580_0000:
+        pytest.skip("ordinary memory without PAE, and not mapped")
+    assert bench.call(Hypercall.console_io, 0, 8, pointer) == -Errno.EFAULT
+    assert not bench.domain.console_out
+
+
+NUMBERS = st.sampled_from(sorted(SERVED - {Hypercall.iret})) | st.integers(0, 80)
+WORDS = (
+    st.integers(0, 40)
+    | st.sampled_from([*WILD.values(), BASE, SCRATCH, SCRATCH + 0xFFF, END - 4096, END - 8, 0xC000_1000])
+    | st.integers(0, 2**32 - 1)
+    | st.integers(BASE, END + 64)
+)
+
+
+@settings(max_examples=100)
+@given(calls=st.lists(st.tuples(NUMBERS, st.lists(WORDS, min_size=6, max_size=6)), min_size=1, max_size=8))
+def test_any_hypercall_answers_with_a_number_and_a_refused_one_changes_nothing(
+    frozen_for_module: Callable[[Hypervisor], Any], calls: list[tuple[int, list[int]]]
+) -> None:
+    frozen, bench = frozen_for_module, Bench()
+    for number, arguments in calls:
+        if bench.vcpu.run_state is not RunState.RUNNABLE:
+            break
+        bench.vcpu.state.eax = 0
+        for name, value in zip(("ebx", "ecx", "edx", "esi", "edi", "ebp"), arguments, strict=True):
+            setattr(bench.vcpu.state, name, value)
+        before = frozen(bench.xen)
+        result = bench.call(number, *arguments)
+        assert result >= -max(Errno)
+        if result < 0 and number != Hypercall.multicall:
+            bench.vcpu.state.eax = 0
+            assert frozen(bench.xen) == before
+
+
+class TestConsole:
+    def test_writes_add_up(self, bench: Bench) -> None:
+        bench.write(SCRATCH - 2, b"ab\xff\0cd")
+        assert bench.call(Hypercall.console_io, 0, 6, SCRATCH - 2) == 0
+        assert bench.call(Hypercall.console_io, 0, 0, 0xFFFF_FFFF) in (0, -Errno.EFAULT)
+        assert bench.call(Hypercall.console_io, 0, 1, SCRATCH) == 0
+        assert bytes(bench.domain.console_out) == b"ab\xff\0cd\xff"
+        assert bench.domain.console == "ab\\xff\0cd\\xff"
+
+    @pytest.mark.parametrize("count", [0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 1 << 20])
+    @pytest.mark.parametrize("command", [0, 1])
+    def test_sizes_that_nobody_means(self, count: int, command: int, bench: Bench) -> None:
+        assert bench.call(Hypercall.console_io, command, count, SCRATCH) in (-Errno.EINVAL, -Errno.EFAULT)
+        assert not bench.domain.console_out
+
+    def test_reads_take_what_was_typed_and_no_more(self, bench: Bench) -> None:
+        bench.domain.console_in += b"hello"
+        bench.write(SCRATCH, b"." * 8)
+        assert bench.call(Hypercall.console_io, 1, 2, SCRATCH) == 2
+        assert bench.call(Hypercall.console_io, 1, 100, SCRATCH + 2) == 3
+        assert bench.call(Hypercall.console_io, 1, 100, SCRATCH + 5) == 0
+        assert bench.read(SCRATCH, 8) == b"hello..."
+
+    def test_what_cannot_be_stored_stays_typed(self, bench: Bench) -> None:
+        bench.domain.console_in += b"hello"
+        assert bench.call(Hypercall.console_io, 1, 5, END - 4) == -Errno.EFAULT
+        assert bench.call(Hypercall.console_io, 1, 5, bench.tables) == -Errno.EFAULT
+        assert bytes(bench.domain.console_in) == b"hello"
+
+    @pytest.mark.parametrize("command", [2, 3, 0x8000_0000, 0xFFFF_FFFF])
+    def test_unknown_commands(self, command: int, bench: Bench) -> None:
+        assert bench.call(Hypercall.console_io, command, 1, SCRATCH) == -Errno.ENOSYS
+
+
+VERSION_SIZES = {1: 16, 2: 144, 3: 1024, 4: 64, 5: 4, 6: 8, 8: 16, 9: 1024}
+
+
+class TestVersion:
+    def test_plain_answers(self, bench: Bench) -> None:
+        assert bench.call(Hypercall.xen_version, 0, 0xFFFF_FFFF) == 4 << 16 | 17
+        assert bench.call(Hypercall.xen_version, 7, 0xFFFF_FFFF) == 4096
+
+    @pytest.mark.parametrize("command", VERSION_SIZES)
+    def test_size_of_each_answer(self, command: int, bench: Bench) -> None:
+        size = VERSION_SIZES[command]
+        start = END - size
+        bench.write(start - 8, b"\0" * 8 if command == 6 else b"\xaa" * 8)
+        bench.write(start, b"\0" * size if command == 6 else b"\xaa" * size)
+        assert bench.call(Hypercall.xen_version, command, start) == 0
+        if command != 6:
+            assert bench.read(start - 8, 8) == b"\xaa" * 8
+            assert b"\xaa" not in bench.read(start, size)
+        assert bench.call(Hypercall.xen_version, command, start + 1) == -Errno.EFAULT
+
+    def test_what_the_answers_say(self, bench: Bench) -> None:
+        assert bench.call(Hypercall.xen_version, 5, SCRATCH) == 0
+        start = int.from_bytes(bench.read(SCRATCH, 4), "little")
+        assert start == (0xF580_0000 if bench.vcpu.state.mode is PAE else 0xFC00_0000)
+        assert bench.call(Hypercall.xen_version, 3, SCRATCH) == 0
+        assert b"xen-3.0-x86_32" in bench.read(SCRATCH, 64)
+        bench.write(SCRATCH, bytes(8))
+        assert bench.call(Hypercall.xen_version, 6, SCRATCH) == 0
+        assert bench.read(SCRATCH + 4, 4) != bytes(4)
+
+    def test_features_beyond_the_first_word(self, bench: Bench) -> None:
+        bench.write(SCRATCH, b"\x01\0\0\0\xaa\xaa\xaa\xaa")
+        assert bench.call(Hypercall.xen_version, 6, SCRATCH) == -Errno.EINVAL
+        assert bench.read(SCRATCH + 4, 4) == b"\xaa" * 4
+
+    @pytest.mark.parametrize("command", [10, 11, 100, 0xFFFF_FFFF])
+    def test_unknown_commands(self, command: int, bench: Bench) -> None:
+        assert bench.call(Hypercall.xen_version, command, SCRATCH) == -Errno.ENOSYS
+
+
+class TestSchedOp:
+    @pytest.mark.parametrize("command", [3, 4, 5, 6, 7, 99, 0xFFFF_FFFF])
+    def test_unknown_commands(self, command: int, bench: Bench) -> None:
+        assert bench.call(Hypercall.sched_op, command, SCRATCH) == -Errno.ENOSYS
+        assert bench.vcpu.run_state is RunState.RUNNABLE
+
+    @pytest.mark.parametrize("reason", range(6))
+    def test_shutdown_with_each_reason(self, reason: int, bench: Bench) -> None:
+        bench.write(SCRATCH, reason.to_bytes(4, "little"))
+        assert bench.call(Hypercall.sched_op, 2, SCRATCH) == 0
+        assert bench.domain.shutdown == reason
+        assert bench.domain.crashed == (reason == 3)
+
+    @pytest.mark.parametrize("reason", [6, 0x7F, 0xFF])
+    def test_shutdown_for_no_reason_that_exists(self, reason: int, bench: Bench) -> None:
+        bench.write(SCRATCH, reason.to_bytes(4, "little"))
+        assert bench.call(Hypercall.sched_op, 2, SCRATCH) == -Errno.EINVAL
+        assert not bench.domain.ended
+
+    def test_block_opens_the_event_mask(self, bench: Bench) -> None:
+        bench.write(0xC000_1001, b"\1")
+        assert bench.call(Hypercall.sched_op, 1, 0) == 0
+        assert bench.read(0xC000_1001, 1) == b"\0"
+        assert bench.vcpu.run_state is RunState.BLOCKED
+
+
+def entry(op: int, *arguments: int) -> bytes:
+    padded = (*arguments, *(0,) * (6 - len(arguments)))
+    return bytes(MulticallEntry(op=op, result=0xEEEE_EEEE, args=padded))
+
+
+class TestMulticall:
+    def results(self, bench: Bench, count: int, at: int = SCRATCH) -> list[int]:
+        words = (int.from_bytes(bench.read(at + 32 * n + 4, 4), "little") for n in range(count))
+        return [word - (word >> 31 << 32) for word in words]
+
+    def test_results_one_by_one(self, bench: Bench) -> None:
+        batch = (
+            entry(Hypercall.xen_version, 0),
+            entry(63),
+            entry(Hypercall.console_io, 0, 4, BASE - 4),
+            entry(Hypercall.stack_switch, 0xE021, 0x1234),
+            entry(2**32 - 1),
+            entry(Hypercall.multicall, SCRATCH, 1),
+            entry(Hypercall.iret),
+        )
+        bench.write(SCRATCH, b"".join(batch))
+        assert bench.call(Hypercall.multicall, SCRATCH, len(batch)) == 0
+        refused = -Errno.EINVAL
+        assert self.results(bench, len(batch)) == [4 << 16 | 17, -38, -14, 0, -38, refused, refused]
+        assert bench.vcpu.kernel_esp == 0x1234
+
+    def test_nothing_is_done_unless_every_result_can_be_stored(self, bench: Bench) -> None:
+        at = END - 32
+        bench.write(at, entry(Hypercall.stack_switch, 0xE021, 0x4321))
+        assert bench.call(Hypercall.multicall, at, 2) == -Errno.EFAULT
+        assert bench.vcpu.kernel_esp != 0x4321
+        assert bench.read(at + 4, 4) == b"\xee" * 4
+
+    @pytest.mark.parametrize("count", [0x1000_0000, 0x0800_0001, 0x7FFF_FFFF, 0xFFFF_FFFF])
+    def test_huge_counts(self, count: int, bench: Bench) -> None:
+        assert bench.call(Hypercall.multicall, SCRATCH, count) in (-Errno.EINVAL, -Errno.EFAULT)
+
+    def test_empty_batch(self, bench: Bench) -> None:
+        assert bench.call(Hypercall.multicall, SCRATCH, 0) == 0
+
+    def test_unaligned_batch_across_pages(self, bench: Bench) -> None:
+        at = SCRATCH + 4096 - 33
+        bench.write(at, entry(Hypercall.xen_version, 7) * 3)
+        assert bench.call(Hypercall.multicall, at, 3) == 0
+        assert self.results(bench, 3, at) == [4096] * 3
+
+    def test_a_call_may_rewrite_the_entries_behind_it(self, bench: Bench) -> None:
+        """Each entry is read when its turn comes, from the memory as it is then; nothing breaks."""
+        bench.write(SCRATCH, entry(Hypercall.xen_version, 1, SCRATCH + 32) + entry(Hypercall.stack_switch, 1, 0x5555))
+        assert bench.call(Hypercall.multicall, SCRATCH, 2) == 0
+        assert self.results(bench, 2) == [0, -Errno.ENOSYS]
+        assert bench.vcpu.kernel_esp != 0x5555
+
+    def test_batch_ends_with_its_domain(self, bench: Bench) -> None:
+        bench.write(SCRATCH + 512, bytes(4))
+        batch = entry(Hypercall.sched_op, 2, SCRATCH + 512) + entry(Hypercall.stack_switch, 1, 0x5555)
+        bench.write(SCRATCH, batch)
+        bench.call(Hypercall.multicall, SCRATCH, 2)
+        assert bench.domain.ended
+        assert bench.vcpu.kernel_esp != 0x5555
+
+
+def test_hypercalls_are_audited(bench: Bench, auditor: list[int]) -> None:
+    bench.call(Hypercall.xen_version, 0)
+    assert auditor[0] == 1
+
+
+@pytest.mark.parametrize("damage", ["foreign frame", "writable table", "writable descriptors", "lost frame"])
+def test_auditor_notices(damage: str, bench: Bench) -> None:
+    xen, state, mode = bench.xen, bench.vcpu.state, bench.vcpu.state.mode
+    if damage == "lost frame":
+        xen.heap.owner[bench.domain.frames[5]] = FREE
+        undo = partial(xen.heap.owner.__setitem__, bench.domain.frames[5], bench.domain.domid)
+    else:
+        address = {"foreign frame": SCRATCH, "writable table": bench.tables, "writable descriptors": 0xFF00_E000}[
+            damage
+        ]
+        table = mode.root_address(state.cr3)
+        for level in mode.levels[:-1]:
+            table = mode.frame_of(mode.read(xen.memory, table, level.index(address))) << 12
+        index = mode.levels[-1].index(address)
+        entry = mode.read(xen.memory, table, index)
+        undo = partial(mode.write, xen.memory, table, index, entry)
+        mode.write(xen.memory, table, index, 3 << 12 | 1 if damage == "foreign frame" else entry | RW)
+    with pytest.raises(AssertionError):
+        bench.call(Hypercall.xen_version, 0)
+    undo()  # the fixture audits once more at the end
+
+
+def test_trace_has_a_return_for_each_hypercall(play_text: Any) -> None:
+    seen = play_text("start: mov eax, 77\n int 0x82\n mov eax, 17\n mov ebx, 7\n int 0x82\n stop: jmp stop", budget=9)
+    calls, returns = (seen.xen.trace.events(kind) for kind in (Kind.HYPERCALL, Kind.RETURN))
+    assert [event.number for event in calls] == [77, 17] == [event.number for event in returns]
+    assert [event.result for event in returns] == [-38, 4096]
+    assert [event.time for event in calls] == [2, 5] == [event.time for event in returns]

@@ -1,0 +1,146 @@
+"""Guests that use a student's part, run in the student's process and again in the judge's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from xenlab.errors import HypercallError
+from xenlab.grading.decisions import (
+    Decision,
+    EmulatorSlot,
+    HypercallSlot,
+    Recorder,
+    Replayer,
+    Sink,
+    Unusable,
+    described,
+)
+from xenlab.hypervisor.core import Hypervisor
+from xenlab.hypervisor.domain import Domain
+from xenlab.hypervisor.trace import Event, Kind, Trace
+from xenlab.machine.disassembler import disassemble
+from xenlab.machine.machine import Machine
+from xenlab.toolstack import Image, boot, image_from_source
+from xenlab.toolstack.image import SOURCE_BASE, SOURCE_HYPERCALL_PAGE, SOURCE_SHARED_INFO, Section
+
+MEMORY_MIB = 4
+BUDGET = 60_000
+_LONGEST = 15
+EMULATOR, HYPERCALL = "emulator", "hypercall"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a student's part goes.
+
+    Attributes:
+        kind: EMULATOR, HYPERCALL, or empty for an exercise whose answer is data.
+        names: what the notebook has to define; for a part, the name of its class.
+        number: of the hypercall.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    number: int = 0
+
+
+@dataclass(slots=True)
+class Run:
+    """A guest that has run.
+
+    Attributes:
+        xen, domain: the machine it ran on and its domain.
+        events: what was recorded.
+        problem: why the part could not go on, empty if it could.
+    """
+
+    xen: Hypervisor
+    domain: Domain
+    events: list[Event]
+    problem: str = ""
+
+    def of(self, kind: Kind) -> list[Event]:
+        """The events of one kind."""
+        return [event for event in self.events if event.kind is kind]
+
+    def step(self, time: int, eip: int) -> str:
+        """A step in words: when, where, which instruction."""
+        return f"instruction {time}, eip {eip:#010x}: {self.instruction_at(eip)}"
+
+    def instruction_at(self, eip: int) -> str:
+        """The disassembly of the guest's instruction at ``eip``."""
+        for length in range(_LONGEST, 0, -1):
+            try:
+                code = self.xen.guest_memory.read(self.domain.vcpus[0], eip, length)
+            except HypercallError:
+                continue
+            return disassemble(code, eip, count=1)[0].text
+        return "no code there"
+
+    def end(self) -> str:
+        """How the guest ended, in words."""
+        if self.domain.crashed:
+            return self.domain.report.splitlines()[0]
+        if self.domain.shutdown is None:
+            return f"it was still running after {self.xen.now} instructions"
+        return f"it shut down with {self.domain.shutdown.name.lower()}"
+
+
+def to_wire(image: Image) -> dict[str, Any]:
+    """An image assembled from source as JSON; the student's process need not assemble it again."""
+    return {
+        "entry": image.entry,
+        "code": image.sections[0].data.hex(),
+        "address": image.sections[0].address,
+        "user": [image.user.start, image.user.stop],
+    }
+
+
+def from_wire(name: str, wire: dict[str, Any]) -> Image:
+    """The image that `to_wire` described."""
+    code = bytes.fromhex(wire["code"])
+    return Image(
+        name,
+        SOURCE_BASE,
+        wire["entry"],
+        (Section(wire["address"], code, len(code)),),
+        hypercall_page=SOURCE_HYPERCALL_PAGE,
+        shared_info=SOURCE_SHARED_INFO,
+        user=range(*wire["user"]),
+    )
+
+
+def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BUDGET) -> Run:
+    """Boot ``image`` on a machine of its own with the part in its slot, and run it to its end or its budget."""
+    trace = Trace()
+    emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
+    hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
+    xen = Hypervisor(Machine(MEMORY_MIB), emulator=emulator, hypercalls=hypercalls, trace=trace)
+    domain = boot(xen, image)
+    problem = ""
+    try:
+        xen.run(budget)
+    except Unusable as reason:
+        problem = str(reason)
+    return Run(xen, domain, trace.events(), problem)
+
+
+def record(image: Image, slot: Slot, part: Callable[[], Any]) -> list[Decision]:
+    """Run a guest with the student's part, made anew by ``part()``; what the part decided."""
+    try:
+        made = part()
+    except Exception as problem:
+        return [{"unusable": f"{slot.names[0]}() raised {described(problem)}"}]
+    recorder = Recorder()
+    run(image, slot, recorder, made)
+    return recorder.decisions
+
+
+def replay(image: Image, slot: Slot, decisions: Any) -> Run:
+    """Run a guest with decisions that were recorded."""
+    return run(image, slot, Replayer(decisions if isinstance(decisions, list) else []))
+
+
+__all__ = ["EMULATOR", "HYPERCALL", "Run", "Slot", "from_wire", "image_from_source", "record", "replay", "to_wire"]

@@ -1,0 +1,362 @@
+"""The slower CPU: the same results as `ProbedCpu` through Unicorn's public calls alone.
+
+The problem: an engine of another build may keep its state in other places than `layout` looks
+for.  Then nothing may be read from or written to a saved context directly, but registers can
+still be read and written by name, contexts restored as a whole, and code be run.
+
+How it works.  A trap ends the run; the hook only notes its vector.  The registers are read, the
+handler works on them as plain numbers, and the state is built anew for the next run:
+
+1. restore a context of ring 0 saved at power-on; only that cleans the mark of an exception in
+   flight, without which the next fault would be a double fault;
+2. change ring by a real IRET, from a stack and a descriptor table in a page of the CPU's own, at
+   a physical address above all machine memory, with paging off;
+3. write the other registers by name, paging and the guest's own table last.
+
+Instructions are counted by a hook on each.  Error codes come from `fault_code`.
+
+The invariant: same guests, same traps, same instruction times, same registers as on the probed
+CPU, to the bit (tests run both).  Three things differ where no validated guest can tell:
+
+* the TLB is emptied at every trap, so an entry made stale from Python takes effect at once;
+* the hidden part of a segment register is not readable.  It is followed by selector: a guest that
+  loads the same selector again, after the hypervisor changed its descriptor, keeps the old one
+  until it loads another;
+* a page fault for which no refused access is found on the second try has the code 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import unicorn
+from unicorn import x86_const as x86
+
+from xenlab.errors import MachineError
+from xenlab.machine.cpu import (
+    CR0,
+    INVALID_OPCODE,
+    MACHINE_CHECK,
+    PAGE_FAULT,
+    SLICE,
+    SOFTWARE,
+    WITH_ERROR_CODE,
+    TrapHandler,
+    install_instruction_hooks,
+    power_on,
+    set_paging,
+)
+from xenlab.machine.engine import FLOATING_POINT, GENERAL, REGISTER_IDS, SEGMENTS, Context, Engine
+from xenlab.machine.fault_code import LONGEST_INSTRUCTION, PageFaultCodes, SelectorCodes, read_linear
+from xenlab.machine.interrupts import deferred_interrupts
+from xenlab.machine.memory import Memory
+from xenlab.machine.paging import READ, PageFault, PagingMode, walk
+from xenlab.machine.register_batch import RegisterBatch
+from xenlab.machine.segments import Descriptor, flat_data
+from xenlab.machine.state import VM, Segment, architectural
+
+# Above 2 GiB, the most that machine memory can have, and below every guest's segment limit.
+_SCRATCH, _SCRATCH_BYTES = 0xF000_0000, 0x2_0000
+_TABLE, _STUB, _STACK = _SCRATCH, _SCRATCH + 0x1_0000, _SCRATCH + 0x1_8000
+_TABLE_LIMIT, _RING0_SS = 0xFFFF, 8
+_PAGING = 0x8000_0000
+_IRETD = b"\xcf"
+_SHORT_INTERRUPTS = {3: b"\xcc", 4: b"\xce"}
+_INTEGER = (*GENERAL, "eip", "eflags", "cr2", *SEGMENTS)
+_DPL, _VM_SEGMENT = 3 << 45, 0xF300
+# ST0 is relative to the top of stack in the status word, so that has to be written first.
+_FLOATING = sorted(FLOATING_POINT, key=lambda name: not name.startswith("fp"))
+
+
+class PortableState:
+    """`CpuState` in plain numbers.
+
+    Attributes:
+        gdt: linear address and limit of the descriptor table.
+        floating: the x87 and SSE registers, as `RegisterBatch` reads them.
+    """
+
+    eax: int
+    ecx: int
+    edx: int
+    ebx: int
+    esp: int
+    ebp: int
+    esi: int
+    edi: int
+    eip: int
+
+    def __init__(self, floating: bytes, mode: PagingMode, cr3: int, gdt: tuple[int, int]) -> None:
+        self.mode, self.cr3, self.gdt = mode, cr3, gdt
+        self.floating = floating
+        self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}
+        self.set_general((0,) * len(GENERAL))
+        self.eip = self._cpl = self.cr2 = 0
+        self._eflags = 2
+
+    @property
+    def cpl(self) -> int:
+        return self._cpl
+
+    @property
+    def eflags(self) -> int:
+        return self._eflags
+
+    @eflags.setter
+    def eflags(self, value: int) -> None:
+        self._eflags = value | 2
+
+    def segment(self, name: str) -> Segment:
+        return self.caches[name]
+
+    def load_segment(self, name: str, selector: int, descriptor: Descriptor | None) -> None:
+        self.caches[name] = Segment.of(selector, descriptor)
+        if name == "ss" and descriptor is not None:
+            self._cpl = descriptor.dpl
+
+    def general(self) -> tuple[int, int, int, int, int, int, int, int]:
+        return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi
+
+    def set_general(self, values: tuple[int, ...]) -> None:
+        """Set EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI."""
+        for name, value in zip(GENERAL, values, strict=True):
+            setattr(self, name, value)
+
+    def frame(self) -> tuple[int, ...]:
+        return *self.general(), self.eip, self._cpl
+
+    def set_eax(self, value: int) -> None:
+        self.eax = value
+
+    def take(self, values: Mapping[str, int], caches: dict[str, Segment]) -> None:
+        """Take over what the engine's registers held after a run."""
+        self.set_general(tuple(values[name] for name in GENERAL))
+        self.eip, self._eflags, self.cr2 = values["eip"], values["eflags"], values["cr2"]
+        self.caches = caches
+        self._cpl = 3 if self._eflags & VM else caches["cs"].selector & 3
+
+    def save(self) -> bytes:
+        caches = [[c.selector, c.base, c.limit, c.attributes] for c in self.caches.values()]
+        numbers = [self.general(), self.eip, self._eflags, self.cr2, self.cr3, self._cpl, self.gdt, caches]
+        return self.floating + json.dumps(numbers).encode()
+
+    def restore(self, saved: bytes) -> None:
+        size = len(self.floating)
+        self.floating = saved[:size]
+        general, self.eip, self._eflags, self.cr2, self.cr3, self._cpl, gdt, caches = json.loads(saved[size:])
+        self.set_general(general)
+        self.gdt = gdt[0], gdt[1]
+        self.caches = {name: Segment(*cache) for name, cache in zip(SEGMENTS, caches, strict=True)}
+
+    def architectural(self) -> Mapping[str, int]:
+        floating = {}
+        for name, (_number, size) in FLOATING_POINT.items():
+            at = _FLOATING.index(name) * RegisterBatch.SLOT
+            floating[name] = int.from_bytes(self.floating[at : at + size], "little")
+        return architectural(self, floating)
+
+
+class PortableCpu:
+    """A CPU that takes its traps between runs of the engine, through public calls.
+
+    Attributes:
+        handler: called as ``handler(vector, error_code, address)`` for each trap.
+        state: the registers that run, or will run next.
+        instructions: instructions begun since power-on.
+        deadline: time at which the run ends at the latest; may be changed from the handler.
+    """
+
+    handler: TrapHandler
+    state: PortableState
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.instructions = self.deadline = 0
+        self._engine = engine = Engine(memory)
+        self._gdt = (0, 0)
+        self._stopping = False
+        self._vector: int | None = None
+        self._leaving: Context | None = None
+        self._begun = self._last = 0
+        self._integer = RegisterBatch(engine, [(REGISTER_IDS[name], 4) for name in _INTEGER])
+        self._floating = RegisterBatch(engine, [FLOATING_POINT[name] for name in _FLOATING])
+        engine.uc.mem_map(_SCRATCH, _SCRATCH_BYTES)
+        engine.uc.mem_write(_STUB, _IRETD)
+        power_on(engine)
+        self._write_gdt(_TABLE, _TABLE_LIMIT)
+        # After a reset the cached stack segment is a 16-bit one, whatever the hidden flags say.
+        engine.write("cr0", CR0 & ~_PAGING)
+        engine.uc.mem_write(_TABLE + _RING0_SS, flat_data(0).encode().to_bytes(8, "little"))
+        engine.write("ss", _RING0_SS)
+        self._ring0 = Context(engine)
+        self._blank = self._floating.read()
+        self._page_faults, self._selectors = PageFaultCodes(engine), SelectorCodes(memory)
+        self._install_hooks()
+
+    def new_state(self, mode: PagingMode, cr3: int) -> PortableState:
+        return PortableState(self._blank, mode, cr3, self._gdt)
+
+    def set_gdt(self, base: int, limit: int) -> None:
+        """Point GDTR of all states made from now on at linear address ``base``."""
+        self._gdt = (base, limit)
+
+    def load(self, state: PortableState) -> None:
+        self.state = state
+
+    def flush_tlb(self) -> None:
+        """Nothing is cached from one trap to the next."""
+
+    def forget_code(self, begin: int, end: int) -> None:
+        # The library translates the addresses by the current tables; without paging they are machine addresses.
+        self._engine.write("cr0", CR0 & ~_PAGING)
+        self._engine.uc.ctl_remove_cache(begin, end)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def run_until(self, end: int) -> None:
+        self._stopping = False
+        with deferred_interrupts() as mark:
+            while not self._stopping and (left := min(end, self.deadline) - self.instructions) > 0:
+                self._run_to_trap(min(left, SLICE))
+                mark.check()
+
+    def _run_to_trap(self, limit: int) -> None:
+        self._enter(self.state)
+        self._vector, self._leaving, self._begun, self._last = None, None, 0, 0
+        status = self._engine.start(self.state.eip, limit)
+        begun = min(self._begun, limit)
+        self.instructions += begun
+        if self._leaving is not None:
+            self._leaving.resume()
+        self._collect(self.state)
+        if self._vector is not None:
+            self._trap(self._vector)
+        elif status or not begun:
+            self.handler(MACHINE_CHECK, 0, 0)
+
+    def _trap(self, vector: int) -> None:
+        state, error, address = self.state, 0, 0
+        if vector < 32 and self._is_software(vector):
+            error = SOFTWARE
+        elif vector == PAGE_FAULT:
+            address = state.cr2
+            error = self._page_faults.find(state, address)
+        elif vector in WITH_ERROR_CODE and self._leaving is None:
+            error = self._selectors.find(state)
+        self.handler(vector, error, address)
+
+    def _is_software(self, vector: int) -> bool:
+        """Whether the instruction begun last is one that names ``vector``."""
+        state = self.state
+        end = state.segment("cs").base + state.eip & 0xFFFF_FFFF
+        if not 0 < end - self._last <= LONGEST_INSTRUCTION:
+            return False
+        code = read_linear(self.memory, state, self._last, end - self._last)
+        return code.endswith((bytes((0xCD, vector)), _SHORT_INTERRUPTS.get(vector, b"\xcd\x03")))
+
+    def _collect(self, state: PortableState) -> None:
+        slots = zip(_INTEGER, self._integer.read_integers(), strict=True)
+        values = dict(slots)
+        selectors = {name: values[name] & 0xFFFF for name in SEGMENTS}
+        if values["eflags"] & VM:
+            caches = {name: Segment(number, number << 4, 0xFFFF, _VM_SEGMENT) for name, number in selectors.items()}
+        else:
+            caches = {name: self._cache(state, name, number) for name, number in selectors.items()}
+        state.take(values, caches)
+        state.floating = self._floating.read()
+
+    def _cache(self, state: PortableState, name: str, selector: int) -> Segment:
+        """The hidden part of a segment register that now holds ``selector``."""
+        before = state.caches[name]
+        if before.selector == selector:
+            return before
+        base, _limit = state.gdt
+        found = walk(self.memory, state.mode, state.cr3, base + (selector & ~7), READ, update=False)
+        if selector < 4 or isinstance(found, PageFault):
+            return Segment.of(selector, None)
+        return Segment.of(selector, Descriptor.decode(self.memory.qwords[found.machine >> 3]))
+
+    def _enter(self, state: PortableState) -> None:
+        """Put ``state`` into the engine."""
+        engine = self._engine
+        self._ring0.resume()
+        engine.write("cr0", CR0)
+        engine.write("cr0", CR0 & ~_PAGING)  # a change of paging empties the TLB
+        self._floating.write(state.floating)
+        if state.cpl:
+            self._change_ring(state)
+        for name in ("es", "ds", "fs", "gs"):
+            self._load_data_segment(name, state.caches[name])
+        for name in (*GENERAL, "eflags", "cr2"):
+            engine.write(name, getattr(state, name))
+        self._write_gdt(*state.gdt)
+        set_paging(engine, state.mode)
+        engine.write("cr0", CR0)
+        engine.write_cr3(state.cr3)
+
+    def _change_ring(self, state: PortableState) -> None:
+        code, stack = state.caches["cs"], state.caches["ss"]
+        self._describe(code)
+        self._describe(stack)
+        # Back to the stub's address in the new segment; the instruction there is not begun.
+        frame = (_STUB - code.base, code.selector, 2 | state.eflags & VM, 0, stack.selector)
+        # IRET reads these in virtual 8086 mode, which the emulator lets every ring enter.
+        frame += tuple(state.caches[name].selector for name in ("es", "ds", "fs", "gs"))
+        data = b"".join((word & 0xFFFF_FFFF).to_bytes(4, "little") for word in frame)
+        self._engine.uc.mem_write(_STACK, data)
+        self._engine.write("esp", _STACK)
+        self._vector = None
+        self._engine.start(_STUB, 1)
+        if self._vector is not None:
+            raise MachineError(
+                f"ring {state.cpl}: expected a code and a stack segment of that ring, found selectors "
+                f"{code.selector:#x} and {stack.selector:#x}, which raise exception {self._vector}"
+            )
+
+    def _load_data_segment(self, name: str, cache: Segment) -> None:
+        self._describe(cache)
+        try:
+            self._engine.write(name, cache.selector)
+        except unicorn.UcError:
+            # Loaded when the ring was another: the level in the copy does not matter to accesses.
+            self._describe(cache, _DPL)
+            self._engine.write(name, cache.selector)
+
+    def _describe(self, cache: Segment, also: int = 0) -> None:
+        """Put the descriptor that gives ``cache`` into the CPU's own table."""
+        if cache.selector >= 4:
+            flags = cache.attributes >> 20 & 0xF
+            value = Descriptor(cache.base, cache.limit, cache.attributes >> 8 & 0xFF, flags).encode() | also
+            self._engine.uc.mem_write(_TABLE + (cache.selector & 0xFFF8), value.to_bytes(8, "little"))
+
+    def _write_gdt(self, base: int, limit: int) -> None:
+        self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
+
+    def _install_hooks(self) -> None:
+        engine = self._engine
+
+        def on_interrupt(_engine: int, vector: int, _data: int) -> None:
+            if self._leaving is None:  # else the single step behind an instruction that will not have happened
+                self._vector = vector
+            engine.stop()
+
+        def on_invalid(_engine: int, _data: int) -> bool:
+            on_interrupt(0, INVALID_OPCODE, 0)
+            return True
+
+        def on_code(_uc: Any, address: int, _size: int, _data: Any) -> None:
+            self._begun += 1
+            self._last = address
+
+        engine.on_interrupt(on_interrupt)
+        engine.on_invalid(on_invalid)
+        engine.uc.hook_add(unicorn.UC_HOOK_CODE, on_code)
+        install_instruction_hooks(engine, self._begin_leaving)
+
+    def _begin_leaving(self, vector: int) -> None:
+        self._leaving = Context(self._engine)
+        self._vector = vector
+        self._engine.stop()

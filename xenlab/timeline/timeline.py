@@ -1,0 +1,227 @@
+"""A run with a past: step it, step it back, scrub it, and change what happens next (paper 2.1).
+
+The problem: what goes on between a guest and its hypervisor is understood by looking at it
+again, slowly, and backwards.  A CPU has no reverse gear.  But a run whose every input is
+recorded can be made again exactly, so going back N instructions is going back to a snapshot
+and forward to the instruction wanted.
+
+The invariant: the state at a time does not depend on the way there.  It rests on three rules:
+
+1. A step is one instruction begun.  At time T what is due at T (the end of a slice, an input)
+   is not yet done; it is done when the run continues.  Only a machine that went idle at T
+   has done it, since there is nothing behind it to wait for.
+2. The TLB is emptied at each multiple of ``interval`` from where the timeline begins, on
+   the first run as on every replay: going back to a snapshot loses the TLB, and a guest can
+   tell (a stale entry, a page fault more or less).
+3. Everything from outside comes through `submit`.
+
+What breaks without it: a step back shows a machine that never was.  So a replay compares
+every event with the one recorded and refuses to go on when they differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xenlab.errors import TimelineError
+from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
+from xenlab.hypervisor.inputs import Input
+from xenlab.hypervisor.trace import Event, Trace, decode
+from xenlab.timeline.digest import machine_hash
+from xenlab.timeline.snapshots import Snapshot, Snapshots, put_back, take
+
+DEFAULT_INTERVAL = 50_000
+DEFAULT_SNAPSHOTS = 64
+DEFAULT_SNAPSHOT_MIB = 256
+# A snapshot is worth taking when running again to here from the one before it would take as
+# long as so many intervals; an event takes as long as so many instructions.
+_WORTH, _EVENT = 10, 100
+
+
+class Timeline:
+    """The past of a hypervisor from now on, and the way back into it.
+
+    While it is attached the hypervisor is run through it alone.  Its trace keeps all events up
+    to the position, also those from before.
+
+    Args:
+        hypervisor: between two runs, domains built.
+        interval: the TLB is emptied, and a snapshot may be taken, every so many instructions.
+        snapshots: how many are kept, 2 or more.
+        snapshot_mib: host memory that they may take.
+
+    Attributes:
+        hypervisor: the machine.
+        start: time at which the timeline begins; there is no way back beyond it.
+        end: the furthest time that was reached.
+
+    Raises:
+        TimelineError: a part of the hypervisor cannot be saved.
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        *,
+        interval: int = DEFAULT_INTERVAL,
+        snapshots: int = DEFAULT_SNAPSHOTS,
+        snapshot_mib: int = DEFAULT_SNAPSHOT_MIB,
+    ) -> None:
+        self.hypervisor = hypervisor
+        self._interval, self._limits = interval, (max(2, snapshots), snapshot_mib)
+        self._trace = Trace(None)
+        for raw in hypervisor.trace.raw() if hypervisor.trace else ():
+            self._trace.record(raw)
+        hypervisor.trace = self._trace
+        self.rebase()
+
+    def rebase(self) -> None:
+        """Begin again here: after the machine was changed other than by an input."""
+        self.hypervisor.inputs.forget_pending()
+        self.hypervisor.cpu.flush_tlb()
+        self.start = self.end = self.hypervisor.now
+        # Events behind the position, the next one last.
+        self._ahead: list[tuple[Any, ...]] = []
+        self._idle_at: int | None = None
+        self._remember_position()
+        self._snapshots = Snapshots(take(self.hypervisor, len(self._trace), {}), *self._limits)
+
+    @property
+    def position(self) -> int:
+        """The time that the machine is at, in instructions begun."""
+        return self.hypervisor.now
+
+    def run(self, instructions: int) -> RunResult:
+        """Go forward; where the run has been before, the same happens again.
+
+        Returns:
+            How far it went, and `Stop.IDLE` when no vCPU can run any more.
+
+        Raises:
+            TimelineError: the machine was run or changed past the timeline, or a replay
+                does something else than the run did.
+            KeyboardInterrupt: on Ctrl-C; the position is then wherever the run had come.
+        """
+        self._check_untouched()
+        before = self.position
+        stop = self._advance(before + instructions)
+        return RunResult(self.position - before, stop)
+
+    def step(self, instructions: int = 1) -> RunResult:
+        """Go forward ``instructions``; an idle machine stays where it is and says so."""
+        return self.run(instructions)
+
+    def back(self, instructions: int = 1) -> int:
+        """Go back ``instructions``, not beyond the start; the position reached."""
+        return self.seek(max(self.start, self.position - instructions))
+
+    def seek(self, time: int) -> int:
+        """Go to ``time``, in the past or in the future; the position reached.
+
+        It is less than ``time`` when the machine went idle before.
+
+        Raises:
+            TimelineError: ``time`` lies before the start; and as for `run`.
+        """
+        self._check_untouched()
+        if time < self.start:
+            raise TimelineError(f"time {time}: the timeline begins at {self.start}, there is no way back beyond it")
+        nearest = self._snapshots.latest(time)
+        nearest = self._snapshots.latest(time)
+        if time < self.position or nearest.time > self.position:
+            self._go_to(nearest)
+        self._advance(time)
+        if time == self._idle_at:
+            self._run_piece(time + 1)
+        return self.position
+
+    def submit(self, item: Input) -> None:
+        """Let ``item`` happen now.  In the past this begins another future, and the old one is dropped."""
+        self._check_untouched()
+        if self.position < self.end:
+            self._drop_future()
+        self._idle_at = None
+        self.hypervisor.submit(item)
+
+    def events(self, until: int | None = None) -> list[Event]:
+        """The events up to the position, oldest first; only those up to time ``until`` if given."""
+        return [decode(raw) for raw in self._trace.raw() if until is None or raw[0] <= until]
+
+    def last_events(self, count: int) -> list[Event]:
+        """The last ``count`` events up to the position, oldest first: quick in a long run."""
+        return [decode(raw) for raw in reversed(self._trace.newest(count))]
+
+    def all_events(self) -> list[Event]:
+        """The events up to the end, also those behind the position."""
+        return self.events() + [decode(raw) for raw in reversed(self._ahead)]
+
+    def machine_hash(self) -> str:
+        """Hex digest of the whole machine; see `xenlab.timeline.digest`."""
+        return machine_hash(self.hypervisor)
+
+    def _advance(self, time: int) -> Stop:
+        """Run to ``time``, stopping at each multiple of the interval to empty the TLB."""
+        while self.position < time:
+            boundary = self.position + self._interval - (self.position - self.start) % self._interval
+            if self._run_piece(min(boundary, time)) is Stop.IDLE:
+                return Stop.IDLE
+            if self.position == boundary:
+                self.hypervisor.cpu.flush_tlb()
+                self._keep_snapshot()
+        return Stop.BUDGET
+
+    def _run_piece(self, time: int) -> Stop:
+        try:
+            stop = self.hypervisor.run(time - self.position).stop
+        finally:
+            self._compare_with_record()
+            self.end = max(self.end, self.position)
+            self._remember_position()
+        if stop is Stop.IDLE:
+            self._idle_at = self.position
+        return stop
+
+    def _keep_snapshot(self) -> None:
+        before, events = self._snapshots.latest(self.position), len(self._trace)
+        if self.position - before.time + _EVENT * (events - before.events) >= _WORTH * self._interval:
+            self._snapshots.add(take(self.hypervisor, events, before.pages))
+
+    def _go_to(self, snapshot: Snapshot) -> None:
+        """Put back ``snapshot``, which may also lie ahead."""
+        put_back(self.hypervisor, snapshot)
+        self._ahead += self._trace.rewind(snapshot.events)
+        while len(self._trace) < snapshot.events:
+            self._trace.record(self._ahead.pop())
+        self._remember_position()
+
+    def _compare_with_record(self) -> None:
+        """What just happened must be what happened here the first time."""
+        if not self._ahead:
+            return
+        happened = self._trace.newest(len(self._trace) - self._known_events)
+        expected = self._ahead[-len(happened) :] if happened else []
+        same = happened[len(happened) - len(expected) :] == expected
+        del self._ahead[len(self._ahead) - len(expected) :]
+        if not same or (self._ahead and self._ahead[-1][0] < self.position):
+            self._drop_future()
+            raise TimelineError(
+                f"the replay at {self.position} is not like the run: a part of the hypervisor remembers something "
+                "that its state() does not give, or depends on something outside the machine"
+            )
+
+    def _drop_future(self) -> None:
+        self._ahead.clear()
+        self._snapshots.drop_after(self.position)
+        self.hypervisor.inputs.forget_pending()
+        self.end, self._idle_at = self.position, None
+
+    def _remember_position(self) -> None:
+        self._known_events, self._known_time = len(self._trace), self.position
+
+    def _check_untouched(self) -> None:
+        if (len(self._trace), self.position) != (self._known_events, self._known_time):
+            raise TimelineError(
+                f"the machine was at {self._known_time} and is at {self.position}, with "
+                f"{len(self._trace) - self._known_events} events that the timeline did not make: "
+                "build and destroy domains by submit(Boot(...)) and submit(Destroy(...)), or call rebase()"
+            )

@@ -1,0 +1,204 @@
+"""The control bar without the bar: commands that move a timeline, and playing that never blocks.
+
+The problem: the kernel that runs the guest also answers the reader's clicks and runs the next
+cell.  While it is inside the guest it does neither.
+
+The invariant: the guest runs in pieces of at most about 20 ms, and between two pieces the kernel
+rests at least as long as it worked.  Playing is one asyncio task; there are no threads.  What
+breaks without it: pause does nothing until the guest ends, and a guest in an endless loop does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum, auto
+from time import perf_counter
+from typing import Any, Protocol
+
+from xenlab.errors import XenlabError
+from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
+
+FRAME_S = 0.05
+PIECE_S = 0.02
+SPEEDS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+_FIRST_PIECE, _LARGEST_PIECE = 1_000, 1_000_000
+IDLE = "No domain can run any more."
+
+
+class Movable(Protocol):
+    """What is needed of a timeline."""
+
+    hypervisor: Hypervisor
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    def run(self, instructions: int) -> RunResult: ...
+
+    def seek(self, time: int) -> int: ...
+
+
+class Goal(Enum):
+    """What a task is running for."""
+
+    PLAY = auto()
+    END = auto()
+    EVENT = auto()
+
+
+class Player:
+    """Moves a timeline on command.
+
+    Args:
+        timeline: what is moved.
+        changed: called after each movement; it draws.
+
+    Attributes:
+        speed: instructions a second while playing.
+        status: the last thing worth telling the reader.
+    """
+
+    def __init__(self, timeline: Movable, changed: Callable[[], None]) -> None:
+        self.timeline, self._changed = timeline, changed
+        self.speed = 100
+        self.status = ""
+        self.task: asyncio.Task[None] | None = None
+        self._piece = _FIRST_PIECE
+
+    @property
+    def playing(self) -> bool:
+        """Whether a task is moving the timeline."""
+        return self.task is not None
+
+    def step(self, count: int = 1) -> None:
+        """Forward by ``count`` instructions."""
+        self._move(lambda: self._forward(count))
+
+    def back(self, count: int = 1) -> None:
+        """Back by ``count`` instructions."""
+        self.seek(self.timeline.position - count)
+
+    def seek(self, time: int) -> None:
+        """To ``time``, or as near as the timeline reaches."""
+        self._move(lambda: self.timeline.seek(max(time, self.timeline.start)))
+
+    def previous_event(self) -> None:
+        """Back to the event before this moment."""
+        trace, now = self.timeline.hypervisor.trace, self.timeline.position
+        earlier = (raw[0] for raw in reversed(trace.raw() if trace is not None else ()) if raw[0] < now)
+        self.seek(next(earlier, self.timeline.start))
+
+    def next_event(self) -> None:
+        """Forward to the next event, however far."""
+        self._start(Goal.EVENT)
+
+    def to_end(self) -> None:
+        """Forward as far as the timeline was before, and then until no domain can run."""
+        self._start(Goal.END)
+
+    def play(self) -> None:
+        """Forward at `speed` until `pause`, or until no domain can run."""
+        self._start(Goal.PLAY)
+
+    def pause(self) -> None:
+        """Stop playing, at once."""
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+            self._changed()
+
+    def _move(self, movement: Callable[[], object]) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
+        self.status = ""
+        try:
+            movement()
+        except XenlabError as problem:
+            self.status = str(problem)
+        except KeyboardInterrupt:
+            self.status = "Interrupted."
+        self._changed()
+
+    def _forward(self, count: int) -> bool:
+        """Run; False when nothing can run any more."""
+        result = self.timeline.run(count)
+        if result.stop is Stop.IDLE:
+            self.status = IDLE
+        return result.stop is not Stop.IDLE
+
+    def _start(self, goal: Goal) -> None:
+        if self.task is not None:
+            self.task.cancel()
+        self.status = ""
+        self.task = asyncio.get_running_loop().create_task(self._run(goal))
+        self._changed()
+
+    async def _run(self, goal: Goal) -> None:
+        try:
+            await self._pieces(goal)
+        except asyncio.CancelledError:
+            # Whoever cancelled has already put the next task, or none, in this one's place.
+            return
+        except XenlabError as problem:
+            self.status = str(problem)
+        except KeyboardInterrupt:
+            # It must not reach the event loop, which would end the kernel.
+            self.status = "Interrupted."
+        self.task = None
+        self._changed()
+
+    async def _pieces(self, goal: Goal) -> None:
+        going, due = True, 0.0
+        while going:
+            started = perf_counter()
+            due += self.speed * max(FRAME_S, 1 / self.speed)
+            going = self._one_piece(goal, int(due))
+            due -= int(due)
+            if goal is not Goal.EVENT:
+                self._changed()
+            spent = perf_counter() - started
+            frame = FRAME_S if goal is not Goal.PLAY else max(FRAME_S, 1 / self.speed)
+            await asyncio.sleep(max(frame - spent, spent) if goal is Goal.PLAY else spent)
+
+    def _one_piece(self, goal: Goal, wanted: int) -> bool:
+        """Run as much as 20 ms allow; False when the goal is reached."""
+        before = self.timeline.position
+        newest = self._newest()
+        started = perf_counter()
+        going = self._forward(min(wanted, self._piece) if goal is Goal.PLAY else self._piece)
+        self._adapt(perf_counter() - started)
+        if goal is Goal.EVENT and self._newest() != newest:
+            self._to_first_event_after(before, newest)
+            return False
+        return going
+
+    def _adapt(self, spent: float) -> None:
+        """Make the next piece longer or shorter, so that it takes about half of what is allowed."""
+        if spent > PIECE_S / 2:
+            self._piece = max(self._piece // 2, 1)
+        elif spent < PIECE_S / 8:
+            self._piece = min(self._piece * 2, _LARGEST_PIECE)
+
+    def _newest(self) -> tuple[Any, ...] | None:
+        trace = self.timeline.hypervisor.trace
+        return trace.raw()[-1] if trace is not None and len(trace) else None
+
+    def _to_first_event_after(self, before: int, newest: tuple[Any, ...] | None) -> None:
+        trace = self.timeline.hypervisor.trace
+        assert trace is not None
+        first = trace.raw()[-1][0]
+        for raw in reversed(trace.raw()):
+            if raw is newest or raw[0] < before:
+                break
+            first = raw[0]
+        self.status = ""
+        # What is due at a time is seen one instruction later.
+        self.timeline.seek(max(first, before + 1))
