@@ -66,19 +66,16 @@ def test_empty_submission_gets_nothing(repository: Path, number: str) -> None:
 def test_half_right_00_prints_one_line_and_crashes(judged: Grade) -> None:
     report = judged("00", HALF_00)
     assert points(report) == {"00.1": 2, "00.2": 0, "00.3": 0, "00.4": 0}
-    assert "expected 5 lines, found 1" in messages(report) or "lines, found 1" in messages(report)
+    assert "lines, found 1" in messages(report)
     assert "no handler registered" in messages(report)
 
 
 def test_wrong_line_00_names_the_first_wrong_call(judged: Grade, solution: Callable[[str], str]) -> None:
-    report = judged(
-        "00", solution("00") + '\nsource = source.replace("inc byte", "nop; dec byte").replace("dec esi", "dec esi")'
-    )
-    wrong = judged("00", solution("00").replace('"inc" if', '"dec" if').replace('else "dec"', 'else "inc"'))
-    assert points(wrong) == {"00.1": 2, "00.2": 0, "00.3": 2, "00.4": 2}
-    assert "first wrong step: instruction" in messages(wrong)
-    assert "int 0x82" in messages(wrong)
-    assert report.max_score == 10
+    backwards = solution("00").replace('"inc" if', '"dec" if').replace('else "dec"', 'else "inc"')
+    report = judged("00", backwards)
+    assert points(report) == {"00.1": 2, "00.2": 0, "00.3": 2, "00.4": 2}
+    assert "first wrong step: instruction" in messages(report)
+    assert "int 0x82" in messages(report)
 
 
 def test_refused_call_00_is_shown_with_its_arguments(judged: Grade, solution: Callable[[str], str]) -> None:

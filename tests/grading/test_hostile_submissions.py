@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from xenlab.grading.report import Report
 from xenlab.grading.sandbox import Limits
 
 Grade = Callable[..., Report]
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the system cannot limit CPU time and memory")
 BRIEF = Limits(wall_seconds=2, cpu_seconds=30)
+WRITE_EVERYWHERE = """
+import os
+for descriptor in range(3, 64):
+    try:
+        os.write(descriptor, {reply})
+    except OSError:
+        pass
+os._exit(0)
+"""
 FORGED = {"answer": {"source": "nop"}, "score": 10, "checks": [{"id": "02.1", "points": 3}], "notes": [], "error": None}
 
 
@@ -22,9 +33,9 @@ FORGED = {"answer": {"source": "nop"}, "score": 10, "checks": [{"id": "02.1", "p
     [
         ("while True: pass", "longer than 2 s"),
         ("import os; os._exit(0)", "exit status 0"),
-        ("import os; os.abort()", "signal SIGABRT"),
+        pytest.param("import os; os.abort()", "signal SIGABRT", marks=POSIX),
         ("import time; time.sleep(60)", "longer than 2 s"),
-        ("import os, time\nif os.fork(): os._exit(7)\ntime.sleep(60)", "exit status 7"),
+        pytest.param("import os, time\nif os.fork(): os._exit(7)\ntime.sleep(60)", "exit status 7", marks=POSIX),
     ],
 )
 def test_cell_that_loops_or_ends_the_process(judged: Grade, code: str, reason: str) -> None:
@@ -35,6 +46,7 @@ def test_cell_that_loops_or_ends_the_process(judged: Grade, code: str, reason: s
     assert all(reason in check.message for check in report.checks)
 
 
+@POSIX
 def test_cpu_time_is_limited(judged: Grade) -> None:
     report = judged("00", "while True: pass", limits=Limits(wall_seconds=30, cpu_seconds=1))
     assert report.error is not None
@@ -67,6 +79,7 @@ def test_gigabyte_of_output_costs_nothing(judged: Grade, solution: Callable[[str
     assert (report.score, report.error) == (10, None)
 
 
+@POSIX
 def test_memory_is_limited(judged: Grade, solution: Callable[[str], str]) -> None:
     report = judged("00", f"{solution('00')}\nhoard = bytearray(20 << 30)")
     assert report.score == 10
@@ -81,16 +94,7 @@ def test_answer_of_many_megabytes_is_not_read(judged: Grade) -> None:
 
 @pytest.mark.parametrize("number", ["00", "02"])
 def test_forged_reply_is_only_a_wrong_answer(judged: Grade, number: str) -> None:
-    forge = f"""
-import json, os
-for descriptor in range(3, 64):
-    try:
-        os.write(descriptor, json.dumps({FORGED!r}).encode())
-    except OSError:
-        pass
-os._exit(0)
-"""
-    report = judged(number, forge)
+    report = judged(number, WRITE_EVERYWHERE.format(reply=json.dumps(FORGED).encode()))
     assert report.score == 0
     assert report.max_score == 10
 
@@ -99,10 +103,9 @@ os._exit(0)
     "reply", ["b'[]'", "b'{'", "b'[' * 100_000", "b'\\xff'", "b'{\"answer\": 3}'", 'b\'{"answer": {"clock": 7}}\'']
 )
 def test_nonsense_as_a_reply(judged: Grade, reply: str) -> None:
-    write = f"import os\nfor descriptor in range(3, 64):\n    try: os.write(descriptor, {reply})\n    except OSError: pass\nos._exit(0)"
-    report = judged("02", write)
-    assert report.score == 0
-    assert report.error or all(not check.points for check in report.checks)
+    report = judged("02", WRITE_EVERYWHERE.format(reply=reply))
+    assert (report.score, report.max_score) == (0, 10)
+    assert report.error or all("broken" in check.message or "define" in check.message for check in report.checks)
 
 
 PATCH_JUDGE = """
@@ -149,7 +152,7 @@ def test_malformed_decision_is_named(judged: Grade, returned: str, message: str)
     answer = f"class MyEmulator:\n    def emulate(self, code, registers, system):\n        return {returned}"
     report = judged("02", answer)
     assert report.score == 0
-    assert message in report.checks[0].message or "NameError" in report.checks[0].message
+    assert message in report.checks[0].message
     assert "first wrong step: instruction" in report.checks[0].message
 
 

@@ -77,6 +77,11 @@ SYSTEM_CASES = {
 SYSTEM_DESCRIPTORS = (0x0000_E900_6000_0067, 0x0000_EB00_6000_0067, 0x0000_E500_0038_0000, 0x0000_E200_6000_00FF)
 
 
+def say(*words: object, end: str = "\n") -> None:
+    sys.stdout.write(" ".join(map(str, words)) + end)
+    sys.stdout.flush()
+
+
 def put_system_descriptors(bare: Bare) -> None:
     for number, descriptor in enumerate(SYSTEM_DESCRIPTORS):
         bare.memory.write(GDT + 0x38 + 8 * number, descriptor.to_bytes(8, "little"))
@@ -90,12 +95,12 @@ def cases(portable: bool, guests=CASES) -> None:
     for mode in (TWO_LEVEL, PAE):
         for ring in (1, 3):
             for name, source in guests.items():
-                print(mode.name, ring, name, end=": ", flush=True)
+                say(mode.name, ring, name, end=": ")
                 bare = Bare(mode, ring, portable)
                 if guests is SYSTEM_CASES:
                     put_system_descriptors(bare)
                 traps = bare.run(source, 50)
-                print([(t.vector, t.error, hex(t.address), hex(t.eip), t.ring, t.time) for t in traps], flush=True)
+                say([(t.vector, t.error, hex(t.address), hex(t.eip), t.ring, t.time) for t in traps])
 
 
 def short_fuzz(portable: bool) -> None:
@@ -113,23 +118,22 @@ def fuzz(portable: bool, budget: int = 4000) -> None:
     for seed in range(24):
         random.seed(seed)
         for ring in (1, 3):
-            print("fuzz", seed, ring, end=": ", flush=True)
+            say("fuzz", seed, ring, end=": ")
             bare = Bare((TWO_LEVEL, PAE)[seed % 2], ring, portable)
             # The guest may write its code, data and stack; everything else is read-only to it.
             for page in (*range(CODE >> 12), *range(0x10, 0x20)):
-                bare.map(page, page << 12 | 1)
+                bare.map(page, page << 12 | (5 if page == GDT >> 12 else 1))
             table = bare.memory.read(GDT, 0x1000)
             bare.handle = skip
             bare.run(random.randbytes(0x1000), budget)
             assert bare.memory.read(GDT, 0x1000) == table, "the descriptor table has changed"
             assert bare.cpu.state.cpl >= ring, f"ring {bare.cpu.state.cpl}"
-            print(
+            say(
                 bare.cpu.instructions,
                 zlib.crc32(repr((bare.traps, bare.cpu.state.architectural())).encode()),
-                flush=True,
             )
 
 
 if __name__ == "__main__":
     {"cases": cases, "system": system, "fuzz": fuzz, "short_fuzz": short_fuzz}[sys.argv[1]](sys.argv[2] == "portable")
-    print("end")
+    say("end")

@@ -14,7 +14,7 @@ from xenlab.timeline import Timeline
 
 # Test modules are imported by path, so helpers beside them have to be made findable.
 sys.path.insert(0, str(Path(__file__).parent))
-from view_guests import ROUND_TRIPS  # noqa: E402
+from view_guests import ROUND_TRIPS
 
 
 @pytest.fixture

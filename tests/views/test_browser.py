@@ -29,7 +29,8 @@ xen = Hypervisor(Machine(memory_mib=8), trace=Trace())
 boot(xen, SOURCE, name="round trips")
 timeline = Timeline(xen)
 sources = {{0: SOURCE}}
-live(timeline, RegistersView(xen, sources=sources), RingsView(xen), CallTimeline(xen, sources=sources), MachineView(xen))
+code = RegistersView(xen, sources=sources)
+live(timeline, code, RingsView(xen), CallTimeline(xen, sources=sources), MachineView(xen))
 """
 
 
@@ -95,15 +96,23 @@ def page(lab: tuple[str, Path], browser_path: str) -> Iterator[Any]:
         browser.close()
 
 
-def open_notebook(page: Any, address: str, *, theme: str = "JupyterLab Light") -> None:
+def open_notebook(page: Any, address: str) -> None:
     page.goto(f"{address}/lab/tree/live.ipynb?reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    # The kernel has to be there before a cell is run.
-    page.wait_for_function(
-        "document.querySelector('.jp-NotebookPanel .jp-Toolbar-kernelName')?.innerText.includes('Python')"
-    )
-    if "Dark" in theme:
-        page.evaluate("document.body.dataset.jpThemeLight")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']")
+
+
+def run_cell(page: Any, place: int) -> None:
+    """Run a cell; once more if JupyterLab lost the order while its kernel connected."""
+    cell = f".jp-CodeCell >> nth={place}"
+    for _attempt in range(10):
+        page.click(f"{cell} >> .jp-InputArea-editor")
+        page.keyboard.press("Shift+Enter")
+        for _moment in range(30):
+            if any(sign.isalnum() for sign in page.inner_text(f"{cell} >> .jp-InputArea-prompt")):
+                return
+            page.wait_for_timeout(200)
+    pytest.fail("the cell was not run")
 
 
 def number(page: Any) -> int:
@@ -112,8 +121,8 @@ def number(page: Any) -> int:
 
 def reached(page: Any, condition: str) -> None:
     page.wait_for_function(
-        "(condition) => { const n = Number(document.querySelector('.xl-place').textContent.split('/')[0].replace(/\\D/g, ''));"
-        " return eval(condition); }",
+        "(condition) => { const place = document.querySelector('.xl-place').textContent;"
+        " const n = Number(place.split('/')[0].replace(/\\D/g, '')); return eval(condition); }",
         arg=condition,
     )
 
@@ -121,8 +130,7 @@ def reached(page: Any, condition: str) -> None:
 def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = lab
     open_notebook(page, address)
-    page.click(".jp-CodeCell .jp-InputArea-editor")
-    page.keyboard.press("Shift+Enter")
+    run_cell(page, 0)
     page.wait_for_selector(".xl-live svg")
     page.wait_for_function("document.querySelectorAll('.xl-live svg').length === 4")
     registers = page.inner_text(".xl-picture[data-view='0']")
@@ -154,8 +162,7 @@ def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_p
     page.keyboard.press("Space")
     reached(page, "n > 3000")
     # A cell runs while the view plays.
-    page.click(".jp-CodeCell:nth-of-type(2) .jp-InputArea-editor")
-    page.keyboard.press("Shift+Enter")
+    run_cell(page, 1)
     page.wait_for_function("document.querySelector('.jp-Notebook').innerText.includes('42')")
     page.click(".xl-live .xl-toggle")
     page.wait_for_function("document.querySelector('.xl-toggle').textContent.includes('Play')")
@@ -179,6 +186,7 @@ def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_p
     assert stills.count() == 4
     assert not stills.first.is_visible()
     page.screenshot(path=str(tmp_path / "light.png"))
+    page.focus(".xl-live .xl-step")
     page.keyboard.press("Control+s")
     saved = wait_for_outputs(folder / "live.ipynb")
     assert "widgets" not in saved["metadata"]

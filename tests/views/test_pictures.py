@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from view_guests import ENDLESS, ROUND_TRIPS, talker
+
 from xenlab import Hypervisor, Machine
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.trace import Kind
@@ -128,7 +129,7 @@ def test_rings_show_moves_and_the_frame_of_the_trace(run: Run) -> None:
     rings = [(move.from_ring, move.to_ring) for move in last_moves(xen, 40)]
     assert {(3, 0), (0, 1), (1, 0), (0, 3)} == set(rings)
     # Each move starts where the one before ended.
-    assert all(before[1] == after[0] for before, after in zip(rings, rings[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(rings))
 
 
 def test_calls_show_arguments_results_and_code(run: Run) -> None:
@@ -204,6 +205,7 @@ def test_bars_refuse_unequal_lengths() -> None:
 
 
 def test_views_load_nothing_heavy() -> None:
-    program = "import sys, xenlab.views; print([m for m in ('anywidget','plotly','capstone','ipywidgets') if m in sys.modules])"
+    heavy = ("anywidget", "ipywidgets", "plotly", "capstone")
+    program = f"import sys, xenlab.views; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

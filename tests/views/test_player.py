@@ -8,14 +8,14 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
-
 from view_guests import ENDLESS, talker
+
 from xenlab import Hypervisor, Machine, boot
 from xenlab.hypervisor.trace import Trace
 from xenlab.timeline import Timeline
 from xenlab.views import CallTimeline, MachineView, live
-from xenlab.views.live import LiveView
 from xenlab.views.player import IDLE, Player
+from xenlab.views.widget import LiveView
 
 
 def timeline_of(source: str) -> Timeline:

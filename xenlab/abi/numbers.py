@@ -44,7 +44,6 @@ class Hypercall(IntEnum):
     domctl = 36
 
 
-
 class Errno(IntEnum):
     """Error numbers (errno.h); a hypercall that fails returns one of them negated."""
 

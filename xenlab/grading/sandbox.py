@@ -45,7 +45,7 @@ class Limits:
 
     wall_seconds: float = 60.0
     cpu_seconds: int = 40
-    memory_mib: int = 4096
+    memory_mib: int = 8192
     file_mib: int = 16
     reply_bytes: int = 4 << 20
 

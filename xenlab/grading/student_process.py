@@ -17,7 +17,7 @@ import os
 import sys
 from typing import Any, BinaryIO
 
-from xenlab.grading.decisions import described
+from xenlab.grading.decisions import Decision, described
 from xenlab.grading.guests import Slot, from_wire, record
 
 OUTPUT_KEPT = 10_000
@@ -86,11 +86,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"notes": notes, "missing": missing}
     if not slot.kind:
         return {"notes": notes, "answer": {name: _plain(namespace[name]) for name in slot.names}}
-    decisions = {}
-    for name, wire in request["guests"].items():
-        decisions[name] = record(from_wire(name, wire), slot, namespace[slot.names[0]])
-        gc.collect()  # each machine reserves much address space, which is limited
-    return {"notes": notes, "answer": decisions}
+    part = namespace[slot.names[0]]
+    return {
+        "notes": notes,
+        "answer": {name: _decisions(name, wire, slot, part) for name, wire in request["guests"].items()},
+    }
+
+
+def _decisions(name: str, wire: dict[str, Any], slot: Slot, part: Any) -> list[Decision]:
+    gc.collect()  # each machine reserves much address space, which is limited
+    try:
+        return record(from_wire(name, wire), slot, part)
+    except Exception as problem:
+        return [{"unusable": f"the guest could not be run: {described(problem)}"}]
 
 
 def run_cells(cells: list[str]) -> tuple[dict[str, Any], list[str]]:

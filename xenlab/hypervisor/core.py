@@ -30,7 +30,7 @@ from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.heap import XEN, FrameHeap
 from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, reserved_gdt_page, start_of
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, reserved_gdt_page
 from xenlab.hypervisor.parts import load_part, save_part
 from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
@@ -102,7 +102,7 @@ class Hypervisor:
         self.emulator = emulator or PrivilegedInstructions()
         self.trace = trace
         self.heap = FrameHeap(self.memory)
-        self.guest_memory = GuestMemory(self.memory)
+        self.guest_memory = GuestMemory(self.memory, self.cpu)
         self.traps = TrapDelivery(self.memory, self.guest_memory)
         self.hypercalls = HypercallTable(self.guest_memory)
         self._handlers = self.hypercalls.handlers
@@ -158,37 +158,48 @@ class Hypervisor:
         """Every exception and software interrupt of every guest comes here."""
         vcpu = self.current
         assert vcpu is not None
-        frame = number, ecx, edx, ebx, _esp, ebp, esi, edi, eip, hidden = vcpu.state.frame()
-        if vector == HYPERCALL_VECTOR and hidden & 3 == KERNEL_RING:
+        if vector == HYPERCALL_VECTOR:
             # The shortest way through, since guests come here most.
-            if self.trace is not None:
-                now, domid, record = self.cpu.instructions, vcpu.domain.domid, self.trace.record
-                record((now, _HYPERCALL, domid, number, frame[:8], eip))
-            try:
-                result = self._handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
-            except HypercallError as refusal:
-                result = -refusal.errno
-            vcpu.state.set_eax(result & _U32)
-            if self.trace is not None:
-                record((now, _RETURN, domid, number, result))
+            frame = number, ecx, edx, ebx, _esp, ebp, esi, edi, _eip, hidden = vcpu.state.frame()
+            if hidden & 3 != KERNEL_RING:
+                self._exception(vcpu, vector, error, address)
+            else:
+                if self.trace is not None:
+                    now, domid, record = self.cpu.instructions, vcpu.domid, self.trace.record
+                    record((now, _HYPERCALL, domid, frame[:9]))
+                try:
+                    result = self._handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
+                except HypercallError as refusal:
+                    result = -refusal.errno
+                vcpu.state.set_eax(result & _U32)
+                if self.trace is not None:
+                    record((now, _RETURN, domid, number, result))
         else:
             self._exception(vcpu, vector, error, address)
         if self._pick_needed:
             self._switch()
 
     def _exception(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
-        state = vcpu.state
         if vector >= 32:
             error = SOFTWARE
-        elif vector == PAGE_FAULT and address >= start_of(state.mode):
+        elif vector == PAGE_FAULT and address >= vcpu.address_limit:
             # On the paper's machines the segment limit stops this access before paging sees it.
             vector, error = PROTECTION, 0
-        self.record(Kind.TRAP, vcpu.domain.domid, vector, max(error, 0), address, state.general(), state.eip, state.cpl)
+        if self.trace is not None:
+            frame = vcpu.state.frame()
+            values = vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3
+            self.record(Kind.TRAP, vcpu.domid, *values)
         if error == SOFTWARE:
             vector, error = self._software_interrupt(vcpu, vector)
         elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
             return
-        self.deliver(vcpu, vector, error, address)
+        try:
+            done = self.traps.deliver(vcpu, vector, error, address)
+        except Undeliverable as reason:
+            self.crash(vcpu, str(reason))
+            return
+        if self.trace is not None:
+            self.record(Kind.DELIVER, vcpu.domid, vector, *done)
 
     def _software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:
         """``int n``: through the guest's gate if its privilege allows, else #GP at the instruction."""
@@ -199,17 +210,6 @@ class Hypervisor:
             return vector, SOFTWARE
         vcpu.state.eip = vcpu.state.eip - _INTERRUPT_BYTES & _U32
         return PROTECTION, vector << 3 | _SOFTWARE_INTERRUPT_ERROR
-
-    def deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
-        """Hand an exception to the guest's handler, or end the guest if it cannot be."""
-        try:
-            done = self.traps.deliver(vcpu, vector, error, address)
-        except Undeliverable as reason:
-            self.crash(vcpu, str(reason))
-            return
-        self.record(
-            Kind.DELIVER, vcpu.domain.domid, vector, done.from_ring, done.to_ring, done.handler, done.frame, done.words
-        )
 
     def _emulate(self, vcpu: Vcpu) -> bool:
         state = vcpu.state

@@ -1,4 +1,4 @@
-"""Finding the descriptor behind a selector, as the CPU would (paper 2.1.1).
+"""Finding the segment behind a selector, as the CPU would (paper 2.1.1).
 
 The invariant: what a selector means is read from the guest's descriptor table at the moment
 of use, and a segment that would give ring 0 is never loaded.  What breaks without it: a
@@ -12,6 +12,7 @@ from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import READ, Translation, walk
 from xenlab.machine.segments import Descriptor
+from xenlab.machine.state import Segment
 
 _TABLE_INDICATOR = 4
 
@@ -27,17 +28,26 @@ def lookup(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
     return descriptor if descriptor.present and descriptor.dpl else None
 
 
-def code_for(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
+def code_segment(memory: Memory, vcpu: Vcpu, selector: int) -> Segment | None:
     """The code segment that a transfer to ``selector`` would load, or None if it would fault."""
     found = lookup(memory, vcpu, selector)
     if found is None or not found.is_code:
         return None
     ring = selector & 3
-    return found if found.dpl == ring or (found.is_conforming and found.dpl <= ring) else None
+    usable = found.dpl == ring or (found.is_conforming and found.dpl <= ring)
+    return Segment.of(selector, found) if usable else None
 
 
-def stack_for(memory: Memory, vcpu: Vcpu, selector: int, ring: int) -> Descriptor | None:
+def stack_segment(memory: Memory, vcpu: Vcpu, selector: int, ring: int) -> Segment | None:
     """The stack segment that entering ``ring`` with ``selector`` would load, or None."""
     found = lookup(memory, vcpu, selector)
     usable = found is not None and found.is_writable_data and found.dpl == ring == selector & 3
-    return found if usable else None
+    return Segment.of(selector, found) if usable else None
+
+
+def usable_in(memory: Memory, vcpu: Vcpu, selector: int, ring: int) -> bool:
+    """Whether a data segment register may go on holding ``selector`` in ``ring``."""
+    if selector in vcpu.flat_data:
+        return selector & 3 >= ring
+    found = lookup(memory, vcpu, selector)
+    return found is not None and (found.dpl >= ring or found.is_conforming)

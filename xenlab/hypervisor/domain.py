@@ -14,11 +14,14 @@ from enum import Enum, auto
 from typing import Any
 
 from xenlab.abi.numbers import Shutdown
-from xenlab.machine.state import CpuState
+from xenlab.hypervisor.layout import flat_segments, start_of
+from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.state import CpuState, Segment
 
 VECTORS = 256
 # A vCPU's key is its domain's id times this, plus its number in the domain.
 VCPUS_PER_DOMAIN = 32
+VCPU_INFO_BYTES = 64  # struct vcpu_info in xen.h
 # Control and debug registers as the guest sees them at its start.
 INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
 INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr7": 0x400}
@@ -61,6 +64,11 @@ class Vcpu:
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
         run_state: see `RunState`.
+        domid: its domain's number.
+        address_limit: the first linear address that is not the guest's.
+        info: machine address of its part of the shared-information page.
+        flat_code, flat_data: the hypervisor's flat segments by selector.
+        translations, translated_at: see `GuestMemory`.
     """
 
     key: int
@@ -72,6 +80,21 @@ class Vcpu:
     control: dict[str, int] = field(default_factory=lambda: INITIAL_CONTROL | INITIAL_DEBUG)
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
+    domid: int = field(init=False)
+    info: int = field(init=False)
+    address_limit: int = field(init=False)
+    flat_code: dict[int, Segment] = field(init=False)
+    flat_data: dict[int, Segment] = field(init=False)
+    translations: dict[int, int] = field(default_factory=dict)
+    translated_at: int = -1
+
+    def __post_init__(self) -> None:
+        number = self.key % VCPUS_PER_DOMAIN
+        self.domid = self.domain.domid
+        self.address_limit = start_of(self.state.mode)
+        self.info = (self.domain.shared_info_mfn << PAGE_SHIFT) + number * VCPU_INFO_BYTES
+        self.flat_code = flat_segments(self.state.mode, code=True)
+        self.flat_data = flat_segments(self.state.mode, code=False)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""

@@ -3,6 +3,9 @@
 The problem: most hypercalls take pointers.  A pointer may be wild, may point at a read-only
 page, into the hypervisor, or run off the end of a page into nothing.
 
+Translations are kept as the CPU keeps them, and forgotten when its TLB is flushed, so that the
+hypervisor sees the guest's memory as the guest sees it.
+
 The invariant: a copy succeeds only where the guest's own kernel could have made the same
 access, and a copy that fails has changed nothing.  What breaks without it: a guest uses the
 hypervisor's hand to write where its own may not.
@@ -11,33 +14,62 @@ hypervisor's hand to write where its own may not.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from struct import Struct
 
 from xenlab.abi.numbers import Errno
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.layout import start_of
+from xenlab.machine.cpu import Cpu
 from xenlab.machine.memory import PAGE_SIZE, Memory
 from xenlab.machine.paging import READ, WRITE, Access, PageFault, walk
+
+# Layouts of so many 32-bit words: what frames are made of.
+WORDS = [Struct(f"<{count}I") for count in range(8)]
+_pack_frame = WORDS[6].pack_into
 
 
 class GuestMemory:
     """Copies to and from linear addresses of a vCPU."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, cpu: Cpu) -> None:
         self._memory = memory
+        self._cpu = cpu
 
     def read(self, vcpu: Vcpu, address: int, length: int, access: Access = READ) -> bytes:
         """``length`` bytes at ``address``.  Raises HypercallError(EFAULT)."""
+        if access is READ and 0 < length <= PAGE_SIZE:
+            at = self.machine_address(vcpu, address, length, False)
+            if at >= 0:
+                return bytes(self._memory.bytes[at : at + length])
         pieces = self._pieces(vcpu, address, length, access)
         return b"".join(self._memory.bytes[at : at + size] for at, size in pieces)
 
     def write(self, vcpu: Vcpu, address: int, data: bytes) -> None:
         """Store ``data`` at ``address``, all of it or nothing.  Raises HypercallError(EFAULT)."""
+        if data and len(data) <= PAGE_SIZE:
+            at = self.machine_address(vcpu, address, len(data), True)
+            if at >= 0:
+                self._memory.bytes[at : at + len(data)] = data
+                return
         pieces = list(self._pieces(vcpu, address, len(data), WRITE))
         done = 0
         for at, size in pieces:
             self._memory.bytes[at : at + size] = data[done : done + size]
             done += size
+
+    def write_words(self, vcpu: Vcpu, address: int, words: tuple[int, ...]) -> None:
+        """Store up to seven 32-bit words, all or none.  Raises HypercallError(EFAULT)."""
+        count = len(words)
+        at = self.machine_address(vcpu, address, 4 * count, True)
+        if at < 0:
+            self.write(vcpu, address, WORDS[count].pack(*words))
+        elif count == 6:
+            # A frame from ring 3 with an error code, spelled out: a page fault must be quick.
+            a, b, c, d, e, f = words
+            _pack_frame(self._memory.bytes, at, a, b, c, d, e, f)
+        else:
+            WORDS[count].pack_into(self._memory.bytes, at, *words)
 
     def check_writable(self, vcpu: Vcpu, address: int, length: int) -> None:
         """Raise HypercallError(EFAULT) unless `write` of ``length`` bytes there would succeed."""
@@ -60,6 +92,24 @@ class GuestMemory:
         except HypercallError:
             pass  # the instruction may well end before the page does
         return code
+
+    def machine_address(self, vcpu: Vcpu, address: int, length: int, write: bool) -> int:
+        """Where ``length`` bytes at ``address`` stand, if they do not cross a page; else -1.
+
+        Raises HypercallError(EFAULT) where the guest's kernel could not make the access.
+        """
+        offset = address & 0xFFF
+        if offset + length > PAGE_SIZE:
+            return -1
+        if vcpu.translated_at != self._cpu.flushes:
+            vcpu.translations.clear()
+            vcpu.translated_at = self._cpu.flushes
+        key = address - offset | write
+        page = vcpu.translations.get(key)
+        if page is None:
+            ((machine, _size),) = self._pieces(vcpu, address - offset, PAGE_SIZE, WRITE if write else READ)
+            page = vcpu.translations[key] = machine
+        return page + offset
 
     def _pieces(self, vcpu: Vcpu, address: int, length: int, access: Access) -> Iterator[tuple[int, int]]:
         """The machine addresses and sizes that a linear range consists of, page by page."""

@@ -25,6 +25,7 @@ from xenlab.abi.numbers import (
 from xenlab.machine.memory import PAGE_SIZE
 from xenlab.machine.paging import PAE, PagingMode
 from xenlab.machine.segments import Descriptor, flat_code, flat_data
+from xenlab.machine.state import Segment
 
 # Linear address of the descriptor table: 16 pages, of which the last two are the hypervisor's.
 GDT_BASE = 0xFF00_0000
@@ -45,6 +46,15 @@ def flat_descriptors(mode: PagingMode) -> dict[int, Descriptor]:
         FLAT_RING1_DS: flat_data(1, limit),
         FLAT_RING3_CS: flat_code(3, limit),
         FLAT_RING3_DS: flat_data(3, limit),
+    }
+
+
+def flat_segments(mode: PagingMode, *, code: bool) -> dict[int, Segment]:
+    """The flat code segments, or the flat data segments, as the CPU holds them once loaded."""
+    return {
+        selector: Segment.of(selector, descriptor)
+        for selector, descriptor in flat_descriptors(mode).items()
+        if descriptor.is_code is code
     }
 
 

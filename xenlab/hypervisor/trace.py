@@ -24,7 +24,7 @@ class Kind(IntEnum):
     """Kinds of event, and the values that follow time, kind and domain in each."""
 
     TRAP = 0  # vector, error code, address, registers, eip, ring
-    HYPERCALL = 1  # number, registers, eip
+    HYPERCALL = 1  # the frame on entry, decoded to number, registers, eip
     RETURN = 2  # number, result
     EMULATE = 3  # code bytes, eip, changes as a tuple of (name, value)
     DELIVER = 4  # vector, from ring, to ring, handler's eip, frame address, frame words
@@ -117,4 +117,7 @@ class Trace:
 def decode(raw: tuple[Any, ...]) -> Event:
     """An event from the tuple that was recorded."""
     kind = Kind(raw[1])
+    if kind is Kind.HYPERCALL:  # recorded as it stood on entry, since this is the most frequent one
+        frame = raw[3]
+        raw = (*raw[:3], frame[0], frame[:8], frame[8])
     return Event(raw[0], kind, raw[2], dict(zip(FIELDS[kind], raw[3:], strict=True)))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xenlab import guests
-from xenlab.errors import XenlabError
+from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind, Trace
@@ -20,6 +20,7 @@ from xenlab.machine.disassembler import disassemble
 from xenlab.machine.machine import Machine
 from xenlab.timeline import Timeline
 from xenlab.toolstack import boot
+from xenlab.toolstack.image import SOURCE_SHARED_INFO
 from xenlab.views.picture import table
 from xenlab.views.story import short_vector, symbol
 
@@ -28,6 +29,7 @@ HANDLED = (0, 3, 6, 13, 14, 0x80)
 KERNEL_STACK = "offset kernel_stack"
 _MACHINE_MIB, _ENOUGH = 8, 1_000
 _LONGEST_INSTRUCTION = 15
+_INT, _CR2_OFFSET = 0xCD, 8
 
 _KERNEL = """
 start:  mov ebx, offset trap_table
@@ -180,6 +182,11 @@ class Outcome:
         """The guest."""
         return self.xen.domains[0]
 
+    @property
+    def fault_address(self) -> int:
+        """What the hypervisor left in the shared-information page for the page-fault handler."""
+        return self.xen.guest_memory.read_word(self.domain.vcpus[0], SOURCE_SHARED_INFO + _CR2_OFFSET)
+
 
 def attempt(
     code: str,
@@ -189,6 +196,7 @@ def attempt(
     int_ring: int = 3,
     selector: str = "FLAT_RING1_CS",
     stack: str = KERNEL_STACK,
+    stop_in_handler: bool = False,
 ) -> Outcome:
     """Execute ``code`` in ``ring`` 1 or 3 of a small guest, whose handlers only shut it down.
 
@@ -199,6 +207,7 @@ def attempt(
         int_ring: the outermost ring that may use INT with them.
         selector: code segment of the handlers.
         stack: the stack that the kernel names for entries from ring 3, as an operand.
+        stop_in_handler: leave the machine at the first instruction of the handler.
     """
     if ring not in (1, 3):
         raise XenlabError(f"ring {ring}: expected 1 for the guest's kernel or 3 for its application")
@@ -210,8 +219,17 @@ def attempt(
         stack=stack,
     )
     domain = boot(xen, source, name="attempt")
-    xen.run(_ENOUGH)
+    if stop_in_handler:
+        _run_into_handler(xen, domain)
+    else:
+        xen.run(_ENOUGH)
     return _outcome(code, ring, xen, domain)
+
+
+def _run_into_handler(xen: Hypervisor, domain: Domain) -> None:
+    assert xen.trace is not None
+    while not domain.ended and not xen.trace.events(Kind.DELIVER):
+        xen.run(1)
 
 
 def _source(*, application: str, rows: str, kernel: str = "", handler: str = "", stack: str = KERNEL_STACK) -> str:
@@ -235,14 +253,23 @@ def _outcome(code: str, ring: int, xen: Hypervisor, domain: Domain) -> Outcome:
     last = [event for event in xen.trace.events() if event.time == traps[-1].time]
     end = next((event for event in last if event.kind in (Kind.DELIVER, Kind.CRASH, Kind.EMULATE)), None)
     frame = tuple(end.words) if end is not None and end.kind is Kind.DELIVER else ()
-    return Outcome(code, ring, _trap_text(traps[-1]), _then(end), frame, xen)
+    return Outcome(code, ring, _trap_text(traps[-1], xen, domain), _then(end), frame, xen)
 
 
-def _trap_text(trap: Event) -> str:
-    if trap.vector >= 32:
-        return short_vector(trap.vector)
+def _trap_text(trap: Event, xen: Hypervisor, domain: Domain) -> str:
+    if _is_int(trap, xen, domain):
+        return f"int {trap.vector:#x}"
     code = f"({trap.error})" if trap.vector in WITH_ERROR_CODE else ""
     return short_vector(trap.vector) + code + (f" at {trap.address:#x}" if trap.vector == 14 else "")
+
+
+def _is_int(trap: Event, xen: Hypervisor, domain: Domain) -> bool:
+    """Whether the instruction before EIP is INT with this vector: a fault leaves EIP at itself."""
+    try:
+        before = xen.guest_memory.read(domain.vcpus[0], trap.eip - 2, 2)
+    except HypercallError:
+        return False
+    return before == bytes((_INT, trap.vector))
 
 
 def _then(end: Event | None) -> str:

@@ -352,13 +352,15 @@ buffer: .fill 64, 1, 0
 """
 
 
-def talkers(*, polite: bool, lines: int = 4, work: int = 300, slice_instructions: int = 2_000) -> Hypervisor:
-    """Two guests that work, print a letter and, if ``polite``, yield; they have run to their ends."""
+def talkers(
+    *, polite: bool, lines: int = 4, work: int = 300, slice_instructions: int = 2_000, instructions: int = 1_000_000
+) -> Hypervisor:
+    """Two guests that work, print a letter and, if ``polite``, yield; they have run for so many instructions."""
     xen = Hypervisor(Machine(_MACHINE_MIB), scheduler=RoundRobin(slice_instructions), trace=Trace())
     for letter in "ab":
         source = _TALKER.format(lines=lines, work=work, between=_YIELD if polite else "", letter=letter)
         boot(xen, source, name=f"talker {letter}")
-    xen.run(1_000_000)
+    xen.run(instructions)
     return xen
 
 

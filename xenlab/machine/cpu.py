@@ -29,10 +29,10 @@ from xenlab.errors import MachineError
 from xenlab.machine.cpuid import cpuid
 from xenlab.machine.engine import Context, Engine
 from xenlab.machine.interrupts import deferred_interrupts
-from xenlab.machine.layout import Layout
+from xenlab.machine.layout import CC_OP_EFLAGS, Layout
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import PAE, PagingMode
-from xenlab.machine.state import ContextState, CpuState
+from xenlab.machine.state import CC_OP, CR2, ContextState, CpuState
 
 TrapHandler = Callable[[int, int, int], None]
 
@@ -53,10 +53,14 @@ _FPCW, _MXCSR = 0x37F, 0x1F80  # as after FNINIT, and at reset
 
 
 class Cpu(Protocol):
-    """What the hypervisor and the timeline use of a CPU."""
+    """What the hypervisor and the timeline use of a CPU.
+
+    ``flushes`` counts how often the TLB was emptied, or is about to be.
+    """
 
     handler: TrapHandler
     state: Any
+    flushes: int
 
     @property
     def instructions(self) -> int:
@@ -114,7 +118,7 @@ class ProbedCpu:
         self._engine = Engine(memory)
         self._layout = layout
         words = (ctypes.c_uint64 * 2).from_address(self._engine.handle + layout.counter)
-        # [0] counts instructions begun in this slice, [1] is the limit.
+        # [0] counts instructions begun in this slice and is zero between slices, [1] is the limit.
         self._counter = memoryview(words).cast("B").cast("Q")
         self._base = 0
         self._end = 0
@@ -125,6 +129,7 @@ class ProbedCpu:
         self._leaving: Context | None = None
         self._leaving_vector = 0
         self._flush = True
+        self.flushes = 0
         power_on(self._engine)
         # What every vCPU starts from; the engine itself holds whatever guest ran last.
         self._reset = Context(self._engine)
@@ -143,7 +148,7 @@ class ProbedCpu:
 
     @property
     def instructions(self) -> int:
-        return self._base + self._counter[0] if self._running else self._base
+        return self._base + self._counter[0]
 
     @instructions.setter
     def instructions(self, value: int) -> None:
@@ -151,10 +156,11 @@ class ProbedCpu:
 
     def load(self, state: ContextState) -> None:
         self.state = state
-        self._flush = True
+        self.flush_tlb()
 
     def flush_tlb(self) -> None:
         self._flush = True
+        self.flushes += 1
 
     def forget_code(self, begin: int, end: int) -> None:
         # The library translates the addresses by the current tables; without paging they are machine
@@ -198,6 +204,7 @@ class ProbedCpu:
         self._running = False
         reached = self._counter[0] if self._stopping is None else self._stopping
         self._base += min(reached, self._counter[1])
+        self._counter[0] = 0
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -256,14 +263,17 @@ class ProbedCpu:
         if self._leaving is not None:
             return  # the single step behind an instruction that will not have happened
         state.old_exception[0] = -1
-        state.settle_flags()
-        if state.software[0]:
+        error, software, behind = state.exception()
+        if vector == PAGE_FAULT and not software:
+            self.handler(vector, error, state.words[CR2])
+        elif not software:
+            self.handler(vector, error if vector in WITH_ERROR_CODE else 0, 0)
+        else:
             # INT 6 comes as an invalid opcode does, with EIP still before it.
-            state.eip = state.software[1]
+            state.eip = behind
             self.handler(vector, SOFTWARE, 0)
-            return
-        error = state.error_code[0] if vector in WITH_ERROR_CODE else 0
-        self.handler(vector, error, state.cr2 if vector == PAGE_FAULT else 0)
+        if state.words[CC_OP] != CC_OP_EFLAGS:
+            state.settle_flags()
 
     def _begin_leaving(self, vector: int) -> None:
         self._leaving = Context(self._engine)

@@ -47,6 +47,7 @@ def _function(name: str, *arguments: Any) -> Callable[..., int]:
 # these two are made on every trap.
 _direct = ctypes.PyDLL(uclib._name)
 _direct_save, _direct_restore = _direct["uc_context_save"], _direct["uc_context_restore"]
+_direct_reg_read = _direct["uc_context_reg_read"]
 
 context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
 context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
@@ -79,7 +80,7 @@ class Engine:
         if not ENGINE_VERSION.startswith(found):
             raise MachineError(f"Unicorn: expected version {ENGINE_VERSION}, found {found}")
         self.memory = memory
-        self.uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
+        self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
         # Core 2 Duo: it has NX, and RDRAND is an invalid opcode on it instead of a source of chance.
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_CORE2DUO)
         self.handle: int = self.uc._uch.value
@@ -158,6 +159,14 @@ class Context:
         handle, pointer = _ptr(engine.handle), _ptr(self.pointer)
         self.capture = partial(_direct_save, handle, pointer)
         self.resume = partial(_direct_restore, handle, pointer)
+        self._flags = ctypes.c_uint64()
+        number, buffer = ctypes.c_int(REGISTER_IDS["eflags"]), _ptr(ctypes.addressof(self._flags))
+        self._read_flags = partial(_direct_reg_read, pointer, number, buffer)
+
+    def eflags(self) -> int:
+        """The flags of the saved state, whatever form they are kept in."""
+        self._read_flags()
+        return self._flags.value & 0xFFFF_FFFF
 
     def read(self, register: str) -> int:
         """Read a register of the saved state through the public API."""

@@ -171,11 +171,11 @@ class SelectorCodes:
 
     def _address(self, state: Any, instruction: Any, operand: Any) -> int:
         memory = operand.mem
-        offset = memory.disp
+        offset = int(memory.disp)
         if memory.base:
-            offset += getattr(state, _wide(instruction.reg_name(memory.base)))
+            offset += int(getattr(state, _wide(instruction.reg_name(memory.base))))
         if memory.index:
-            offset += getattr(state, _wide(instruction.reg_name(memory.index))) * memory.scale
+            offset += int(getattr(state, _wide(instruction.reg_name(memory.index)))) * memory.scale
         stack = memory.base and instruction.reg_name(memory.base) in ("esp", "ebp")
         name = instruction.reg_name(memory.segment) if memory.segment else "ss" if stack else "ds"
         return int(state.segment(name).base) + offset

@@ -16,12 +16,14 @@ handler works on them as plain numbers, and the state is built anew for the next
 Instructions are counted by a hook on each.  Error codes come from `fault_code`.
 
 The invariant: same guests, same traps, same instruction times, same registers as on the probed
-CPU, to the bit (tests run both).  Three things differ where no validated guest can tell:
+CPU, to the bit (tests run both).  Four things differ where no validated guest can tell:
 
 * the TLB is emptied at every trap, so an entry made stale from Python takes effect at once;
 * the hidden part of a segment register is not readable.  It is followed by selector: a guest that
   loads the same selector again, after the hypervisor changed its descriptor, keeps the old one
   until it loads another;
+* in ring 3, an operand that a segment load takes from inside the descriptor table itself faults
+  with the code of the descriptor's access; the hypervisor's range is reported as #GP anyway;
 * a page fault for which no refused access is found on the second try has the code 0.
 """
 
@@ -33,6 +35,7 @@ from typing import Any
 
 import unicorn
 from unicorn import x86_const as x86
+from unicorn.unicorn_py3.unicorn import UcError
 
 from xenlab.errors import MachineError
 from xenlab.machine.cpu import (
@@ -130,6 +133,20 @@ class PortableState:
     def set_eax(self, value: int) -> None:
         self.eax = value
 
+    def selectors(self) -> tuple[int, ...]:
+        return tuple(cache.selector for cache in self.caches.values())
+
+    def interrupted(self) -> tuple[int, int, int, int, int, int]:
+        cs, ss = self.caches["cs"].selector, self.caches["ss"].selector
+        return self.esp, self.eip, self._eflags, self._cpl, cs, ss
+
+    def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
+        self.caches["cs"] = cs
+        if ss is not None:
+            self.caches["ss"] = ss
+            self._cpl = ss.attributes >> 13 & 3
+        self.eip, self.eflags, self.esp = eip, eflags, esp
+
     def take(self, values: Mapping[str, int], caches: dict[str, Segment]) -> None:
         """Take over what the engine's registers held after a run."""
         self.set_general(tuple(values[name] for name in GENERAL))
@@ -173,7 +190,7 @@ class PortableCpu:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.instructions = self.deadline = 0
+        self.instructions = self.deadline = self.flushes = 0
         self._engine = engine = Engine(memory)
         self._gdt = (0, 0)
         self._stopping = False
@@ -204,8 +221,10 @@ class PortableCpu:
 
     def load(self, state: PortableState) -> None:
         self.state = state
+        self.flush_tlb()
 
     def flush_tlb(self) -> None:
+        self.flushes += 1
         """Nothing is cached from one trap to the next."""
 
     def forget_code(self, begin: int, end: int) -> None:
@@ -302,7 +321,7 @@ class PortableCpu:
         self._describe(code)
         self._describe(stack)
         # Back to the stub's address in the new segment; the instruction there is not begun.
-        frame = (_STUB - code.base, code.selector, 2 | state.eflags & VM, 0, stack.selector)
+        frame: tuple[int, ...] = (_STUB - code.base, code.selector, 2 | state.eflags & VM, 0, stack.selector)
         # IRET reads these in virtual 8086 mode, which the emulator lets every ring enter.
         frame += tuple(state.caches[name].selector for name in ("es", "ds", "fs", "gs"))
         data = b"".join((word & 0xFFFF_FFFF).to_bytes(4, "little") for word in frame)
@@ -320,7 +339,7 @@ class PortableCpu:
         self._describe(cache)
         try:
             self._engine.write(name, cache.selector)
-        except unicorn.UcError:
+        except UcError:
             # Loaded when the ring was another: the level in the copy does not matter to accesses.
             self._describe(cache, _DPL)
             self._engine.write(name, cache.selector)

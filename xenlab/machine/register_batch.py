@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unicorn.unicorn_py3.unicorn import uclib
 
@@ -42,10 +42,10 @@ class RegisterBatch:
 
     def write(self, values: bytes) -> None:
         """Set all registers from what `read` gave."""
-        self._buffer[:] = values
+        ctypes.memmove(self._buffer, values, len(self._buffer))
         self._call(uclib.uc_reg_write_batch)
 
-    def _call(self, function: ctypes._CFuncPtr) -> None:
+    def _call(self, function: Callable[..., int]) -> None:
         status = function(self._handle, self._numbers, self._slots, self._count)
         if status:
             raise MachineError(f"{self._count} registers at once: Unicorn answered error {status}")

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xenlab.machine import layout as at
 from xenlab.machine.engine import GENERAL, SEGMENTS, Context, Engine
@@ -35,19 +34,33 @@ IOPL, NT, RF, VM, AC, ID = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000, 0x20_00
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
 # Indices of 32-bit words, counted from the first general register.
-_EIP, _EFLAGS, _CC_SRC, _CC_OP, _DF, _HFLAGS = (
+_EIP, _EFLAGS, _CC_SRC, CC_OP, _DF, _HFLAGS = (
     offset // 4 for offset in (at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS)
 )
-_CACHES, _STRIDE, _CONTROL = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4, at.CONTROL // 4
+_CACHES, _STRIDE = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4
+CR2 = at.CONTROL // 4 + 4
+_EXCEPTION = struct.Struct("<III")
 _HEAD_BYTES = at.CONTROL + 5 * 8
-_ES, _CS, _SS, _DS = range(4)
+_EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
+_ESP = 8
+_BIG = 1 << 22  # D/B in the second word of a descriptor
+_FOLLOWING = at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG
+_pack_cache = struct.Struct("<I4xI4xII").pack_into
+_pack_caches = struct.Struct("<I4xI4xIII4xI4xII").pack_into
+# EIP, flags, condition codes, how they are kept, direction, hidden flags.
+_pack_go_on = struct.Struct("<I4xI4x8xI4x8xIII").pack_into
+# ESP, those, and the selectors in CS and SS.
+_INTERRUPTED = struct.Struct("<32xI92xI4xI4x8xI4x8xIII28xI20xI")
+_CODE_BYTE, _EIP_BYTE = 4 * _CODE, at.EIP
+_CPL, _CC_OP_EFLAGS, _FLAT = at.HF_CPL, at.CC_OP_EFLAGS, at.HF_CS32 | at.HF_SS32
+_PLAIN = ~(ARITHMETIC | DF)
 _GENERAL = struct.Struct("<" + 8 * "I4x")
 # The same, then EIP and the hidden flags, whose two lowest bits are the ring.
+_SELECTORS = struct.Struct("<" + 6 * f"I{at.SEGMENT_STRIDE - 4}x")
 _FRAME = struct.Struct(f"<{8 * 'I4x'}64xI{at.HFLAGS - at.EIP - 4}xI")
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """What a segment register holds: the visible selector and the hidden cache.
 
     Attributes:
@@ -119,6 +132,18 @@ class CpuState(Protocol):
         """Set EAX: what a hypercall does last."""
         ...
 
+    def selectors(self) -> tuple[int, ...]:
+        """ES, CS, SS, DS, FS and GS as the guest sees them."""
+        ...
+
+    def interrupted(self) -> tuple[int, int, int, int, int, int]:
+        """ESP, EIP, EFLAGS, ring, CS and SS: what an exception frame is made of."""
+        ...
+
+    def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
+        """Go on at ``cs:eip`` with these flags and ESP; with an ``ss``, in its ring."""
+        ...
+
     def save(self) -> bytes:
         """Everything, as bytes that `restore` of the same process takes."""
         ...
@@ -165,12 +190,13 @@ class ContextState:
         raw = self._context.raw
         self._head = raw[layout.general : layout.general + _HEAD_BYTES]
         self.words = self._head.cast("I")
-        # Bound to the buffer here, since every hypercall does these two and nothing else.
+        # Bound to the buffer here, since these are all that most traps do.
         self.frame = partial(_FRAME.unpack_from, self._head)
         self.set_eax = partial(self.words.__setitem__, 0)
-        self.error_code = raw[layout.error_code : layout.error_code + 4].cast("I")
-        # Behind the error code: 1 after INT n, INT3 and INTO, and the EIP behind the instruction.
-        self.software = raw[layout.error_code + 4 : layout.error_code + 12].cast("I")
+        self.selectors = partial(_SELECTORS.unpack_from, self._head, at.SEGMENT_CACHES)
+        self._unpack_interrupted = partial(_INTERRUPTED.unpack_from, self._head)
+        # Error code; 1 after INT n, INT3 and INTO; and the EIP behind such an instruction.
+        self.exception = partial(_EXCEPTION.unpack_from, raw, layout.error_code)
         self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
         self.mode, self.cr3 = mode, cr3
 
@@ -180,13 +206,13 @@ class ContextState:
 
     @property
     def cr2(self) -> int:
-        return self.words[_CONTROL + 4]
+        return self.words[CR2]
 
     @property
     def eflags(self) -> int:
         words = self.words
-        if words[_CC_OP] != at.CC_OP_EFLAGS:
-            return self._context.read("eflags")
+        if words[CC_OP] != at.CC_OP_EFLAGS:
+            return self._context.eflags()
         return words[_EFLAGS] & ~(ARITHMETIC | DF) | words[_CC_SRC] & ARITHMETIC | words[_DF] & DF | 2
 
     @eflags.setter
@@ -194,13 +220,12 @@ class ContextState:
         words = self.words
         words[_EFLAGS] = value & ~(ARITHMETIC | DF) | 2
         words[_CC_SRC] = value & ARITHMETIC
-        words[_CC_OP] = at.CC_OP_EFLAGS
+        words[CC_OP] = at.CC_OP_EFLAGS
         words[_DF] = 0xFFFF_FFFF if value & DF else 1
 
     def settle_flags(self) -> None:
         """Make the flags explicit: else a fault of the next instruction would find half of them converted."""
-        if self.words[_CC_OP] != at.CC_OP_EFLAGS:
-            self.eflags = self._context.read("eflags")
+        self.eflags = self._context.eflags()
 
     def capture_stopped(self) -> None:
         """Copy the state of an engine that is not running here.
@@ -209,7 +234,7 @@ class ContextState:
         beside it.  A context holds them as they stand during a run, the form that traps need.
         """
         self.capture()
-        self.eflags = self._context.read("eflags")
+        self.eflags = self._context.eflags()
 
     def resume_stopped(self) -> None:
         """Make this the state of an engine that is not running."""
@@ -229,23 +254,56 @@ class ContextState:
         words[start + 4], words[start + 5] = segment.limit, segment.attributes
         if name == "ss" and descriptor is not None:
             words[_HFLAGS] = words[_HFLAGS] & ~at.HF_CPL | descriptor.dpl
-        self._follow_segments()
+        words[_HFLAGS] = words[_HFLAGS] & ~_FOLLOWING | self._following()
 
-    def _follow_segments(self) -> None:
-        """Recompute the hidden flags that depend on segment caches, as QEMU does on a load."""
+    def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
+        words, head = self.words, self._head
+        hidden = words[_HFLAGS]
+        if ss is None:
+            _pack_cache(head, _CODE_BYTE, *cs)
+            hidden = hidden & ~_FOLLOWING | self._following()
+        else:
+            # Spelled out, since a call with unpacked arguments costs more than the packing.
+            selector, base, limit, attributes = cs
+            stack_selector, stack_base, stack_limit, stack_attributes = ss
+            _pack_caches(
+                head,
+                _CODE_BYTE,
+                selector,
+                base,
+                limit,
+                attributes,
+                stack_selector,
+                stack_base,
+                stack_limit,
+                stack_attributes,
+            )
+            if words[_EXTRA + 2] or words[_DATA + 2] or stack_base or not attributes & stack_attributes & _BIG:
+                hidden = hidden & ~_FOLLOWING | self._following()
+            else:
+                hidden = hidden & ~_FOLLOWING | _FLAT
+            hidden = hidden & ~_CPL | stack_attributes >> 13 & 3
+        direction = 0xFFFF_FFFF if eflags & DF else 1
+        _pack_go_on(head, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
+        words[_ESP] = esp
+
+    def interrupted(self) -> tuple[int, int, int, int, int, int]:
+        esp, eip, flags, arithmetic, operation, direction, hidden, cs, ss = self._unpack_interrupted()
+        if operation == _CC_OP_EFLAGS:
+            flags = flags & _PLAIN | arithmetic & ARITHMETIC | direction & DF | 2
+        else:
+            flags = self._context.eflags()
+        return esp, eip, flags, hidden & 3, cs, ss
+
+    def _following(self) -> int:
+        """The hidden flags that depend on segment caches, computed as QEMU does on a load."""
         words = self.words
-        big = 1 << 22
-        flags = words[_HFLAGS] & ~(at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG)
-        if self._attributes(_CS) & big:
-            flags |= at.HF_CS32
-        if self._attributes(_SS) & big:
+        flags = at.HF_CS32 if words[_CODE + 5] & _BIG else at.HF_ADDSEG
+        if words[_STACK + 5] & _BIG:
             flags |= at.HF_SS32
-        if not flags & at.HF_CS32 or any(words[_CACHES + _STRIDE * n + 2] for n in (_ES, _SS, _DS)):
+        if words[_EXTRA + 2] or words[_STACK + 2] or words[_DATA + 2]:
             flags |= at.HF_ADDSEG
-        words[_HFLAGS] = flags
-
-    def _attributes(self, number: int) -> int:
-        return self.words[_CACHES + _STRIDE * number + 5]
+        return flags
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
         registers: tuple[int, int, int, int, int, int, int, int] = _GENERAL.unpack_from(self._head)
@@ -269,4 +327,4 @@ def architectural(state: CpuState, floating_point: Mapping[str, int]) -> dict[st
     for name in SEGMENTS:
         segment = state.segment(name)
         values |= {name: segment.selector, f"{name}.base": segment.base, f"{name}.limit": segment.limit}
-    return values | floating_point
+    return values | dict(floating_point)

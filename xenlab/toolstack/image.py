@@ -230,8 +230,10 @@ def _mode_of(notes: dict[int, bytes]) -> PagingMode:
 
 
 def _symbols(elf: ELFFile) -> dict[str, int]:
+    from elftools.elf.sections import SymbolTableSection
+
     table = elf.get_section_by_name(".symtab")
-    if table is None:
+    if not isinstance(table, SymbolTableSection):
         return {}
     wanted = ("STT_FUNC", "STT_NOTYPE", "STT_OBJECT")
     return {

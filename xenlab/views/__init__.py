@@ -14,12 +14,12 @@ from xenlab.views.registers import RegistersView
 from xenlab.views.rings import RingsView
 
 if TYPE_CHECKING:
-    from xenlab.views.live import LiveView
+    from xenlab.views.widget import LiveView
 
 
 def live(timeline: Movable, *views: Picture) -> LiveView:
     """One widget with one control bar for all ``views``, which show ``timeline.hypervisor``."""
-    from xenlab.views.live import LiveView  # ipywidgets take 0.3 s to load
+    from xenlab.views.widget import LiveView  # ipywidgets take 0.3 s to load
 
     return LiveView(timeline, *views)
 

@@ -15,6 +15,8 @@ from xml.sax.saxutils import escape, quoteattr
 from xenlab.views.palette import STYLE, domain_colour, domain_dash, ink_on
 
 WIDTH = 880
+# A picture file is shown at its own size: a little smaller, to fit beside JupyterLab's open side bar.
+_SHOWN_WIDTH = 820
 MONO_WIDTH = 7.25  # of one character of 12 px monospaced text, generously
 
 
@@ -108,8 +110,9 @@ class Canvas:
         size = f"{WIDTH} {number(height)}"
         label = quoteattr(printable(self._title))
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="xl" viewBox="0 0 {size}" width="{WIDTH}" '
-            f'height="{number(height)}" role="group" aria-label={label} style="max-width:100%;height:auto">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="xl" viewBox="0 0 {size}" width="{_SHOWN_WIDTH}" '
+            f'height="{number(height * _SHOWN_WIDTH / WIDTH)}" role="group" aria-label={label} '
+            'style="max-width:100%;height:auto">'
             f'<style>{STYLE}</style><rect class="bg" width="{WIDTH}" height="{number(height)}" rx="8"/>'
             + "".join(self._parts)
             + "</svg>"

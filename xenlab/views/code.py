@@ -76,8 +76,9 @@ class CodeReader:
         domain = self._xen.domains.get(domid)
         names = {at for at in (domain.symbols.values() if domain else ()) if 0 < address - at <= _REACH}
         listing = self._listings.get(domid)
+        guesses = [] if listing else list(range(address - 24, address))
         known = {at for at, _line in (listing[0].lines if listing else ()) if 0 < address - at <= _REACH}
-        return sorted(known) + sorted(names, reverse=True) + list(range(address - 24, address))
+        return sorted(known) + sorted(names, reverse=True) + guesses
 
     def _decode(self, domid: int, address: int, length: int) -> list[Instruction]:
         from xenlab.machine.disassembler import disassemble

@@ -1,13 +1,13 @@
 // The control bar: shows the frames that Python drew, sends orders, at most one on its way.
 
 const BUTTONS = [
-  ["start", "⏮", "To the start (Home)"],
-  ["previous", "⇤", "To the previous event ([)"],
-  ["back", "◀", "One instruction back (left arrow; with Shift 100)"],
+  ["start", "Start", "To the start (Home)"],
+  ["previous", "◀ event", "To the previous event ([)"],
+  ["back", "◀ step", "One instruction back (left arrow; with Shift 100)"],
   ["toggle", "▶ Play", "Play or pause (Space)"],
-  ["step", "▶", "One instruction forward (right arrow; with Shift 100)"],
-  ["next", "⇥", "To the next event (])"],
-  ["end", "⏭", "Run to the end (End)"],
+  ["step", "step ▶", "One instruction forward (right arrow; with Shift 100)"],
+  ["next", "event ▶", "To the next event (])"],
+  ["end", "End", "Run to the end (End)"],
 ];
 
 function element(name, attributes = {}, ...children) {
@@ -93,7 +93,17 @@ function orderFor(name, model, count) {
 
 const KEYS = { ArrowRight: "step", ArrowLeft: "back", Home: "start", End: "end", "[": "previous", "]": "next", " ": "toggle" };
 
+// JupyterLab's shortcuts are switched off in here, so that "a" adds no cell; saving is still wanted.
+function passOnSave(event) {
+  if (!(event.ctrlKey || event.metaKey) || event.key !== "s") return;
+  event.preventDefault();
+  const { key, code, keyCode, ctrlKey, metaKey } = event;
+  const again = { key, code, keyCode, ctrlKey, metaKey, bubbles: true, cancelable: true };
+  event.currentTarget.parentElement.dispatchEvent(new KeyboardEvent("keydown", again));
+}
+
 function onKey(event, order, select) {
+  passOnSave(event);
   const chosen = event.target.closest("[data-event]");
   const presses = event.key === "Enter" || event.key === " ";
   if (event.ctrlKey || event.altKey || event.metaKey) return;
@@ -143,7 +153,7 @@ function render({ model, el }) {
     scrub.setAttribute("aria-valuetext", `instruction ${position} of ${end}`);
     place.textContent = `${position.toLocaleString("en")} / ${end.toLocaleString("en")}`;
     const playing = model.get("playing");
-    buttons.toggle.textContent = playing ? "⏸ Pause" : "▶ Play";
+    buttons.toggle.textContent = playing ? "❚❚ Pause" : "▶ Play";
     buttons.toggle.setAttribute("aria-pressed", playing);
     buttons.back.disabled = buttons.start.disabled = buttons.previous.disabled = position <= start;
     status.textContent = model.get("status");

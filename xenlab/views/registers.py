@@ -79,7 +79,7 @@ class RegistersView(Picture):
             canvas.text(x + 56, y, f"{value:08x}", "m")
         canvas.text(28, 62 + _LINE * 7 + 4, "flags " + flag_names(vcpu.state.eflags), "m")
         _draw_code(canvas, self.code(vcpu), RING_COLOURS[vcpu.state.cpl])
-        return canvas.render(62 + 10 * _LINE)
+        return canvas.render(50 + 10 * _LINE)
 
     def _summary(self, vcpu: Vcpu) -> str:
         running = "runs" if vcpu is self._xen.current else "does not run"

@@ -13,9 +13,7 @@ def guests(lesson: Emulation) -> list[Guest]:
     """What the judge runs besides the guests of the self-checks."""
     back = lesson.allowed | lesson.one
     lowest = lesson.allowed & -lesson.allowed
-    users = lesson.clock(ring=3) if lesson.users else lesson.refused("rdtsc", ring=3)
     registers = (lesson.read_cr4(name, lowest) for name in ("edx", "esi", "ebp", "edi", "ebx", "ecx"))
-    clts, other = lesson.refused("clts"), lesson.msr ^ 1
     return [
         lesson.guest("02.1", "patient", (lesson.clock(), lesson.clock(setup=_WAIT))),
         lesson.guest(
@@ -24,15 +22,22 @@ def guests(lesson: Emulation) -> list[Guest]:
         lesson.guest("02.2", "writes-back", (lesson.write_cr4("ebx", back), lesson.read_cr4("ecx", -1))),
         lesson.guest("02.2", "all-registers", (lesson.write_cr4("ecx", lowest), *registers)),
         lesson.guest("02.3", "register-twice", (lesson.read_msr(), lesson.clock(), lesson.read_msr())),
+        *_greedy(lesson, lowest),
+    ]
+
+
+def _greedy(lesson: Emulation, lowest: int) -> list[Guest]:
+    users = lesson.clock(ring=3) if lesson.users else lesson.refused("rdtsc", ring=3)
+    return [
         lesson.guest(
             "02.4",
             "other-registers",
             (
-                lesson.refused("rdmsr", f"mov ecx, {other:#x}"),
+                lesson.refused("rdmsr", f"mov ecx, {lesson.msr ^ 1:#x}"),
                 lesson.refused("rdmsr", "mov ecx, 0xc0000080"),
                 lesson.refused("wrmsr", f"mov ecx, {lesson.msr:#x}"),
                 lesson.refused("mov eax, cr0"),
-                clts,
+                lesson.refused("clts"),
             ),
         ),
         lesson.guest(

@@ -49,11 +49,19 @@ class Guest:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at for a check, and the message if it was not as it should be."""
+    """One thing that was looked at for a check.
+
+    Attributes:
+        check: the check that it counts for.
+        passed: whether it was as it should be.
+        message: what was wrong, if it was not.
+        remark: what a self-check says instead of the invariant when it could not look at all of it.
+    """
 
     check: str
     passed: bool
     message: str = ""
+    remark: str = ""
 
 
 class Lesson(Protocol):

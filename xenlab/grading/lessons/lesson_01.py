@@ -21,6 +21,7 @@ from xenlab.machine.disassembler import Instruction, disassemble
 
 CLASSES = ("traps", "silent", "harmless")
 _SIZE_LIMIT = 4_000
+_ONLY_FORM = "each instruction has one of the three classes; whether it is the right one, the CPU says in grading"
 # Sampled by theme, so that each instance has something of each.
 _THEMES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (3, ("popf", "pushf", "sahf", "lahf", "cld", "cli", "sti")),
@@ -72,7 +73,7 @@ class ClassifyAndProve:
         """What can be said without giving the classes away: the form, and whether proofs prove."""
         classes, proofs = answer.get("classification"), answer.get("proofs")
         form = self.form(classes)
-        findings = [Finding(planned.id, not form, form) for planned in self.plan[:3]]
+        findings = [Finding(planned.id, not form, form, _ONLY_FORM) for planned in self.plan[:3]]
         claimed = [name for name in self.instructions if isinstance(classes, dict) and classes.get(name) == "silent"]
         findings += [prove(name, proofs) for name in claimed]
         if not claimed:
