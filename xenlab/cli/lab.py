@@ -54,6 +54,7 @@ class Server:
             "ServerApp.port_retries": 0,
             "ServerApp.open_browser": self.browser,
             "ServerApp.answer_yes": True,
+            "LabApp.news_url": None,  # nothing is asked of the network
             "LabApp.default_url": f"/lab/tree/{self.first.as_posix()}",
         }
         command = [sys.executable, "-m", "jupyterlab", "--log-level=WARN"]

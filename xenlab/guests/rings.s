@@ -21,6 +21,10 @@ start:  mov ebx, offset trap_table
 
         mov eax, cr0                         # privileged: faults, and is emulated
 
+        mov eax, FLAT_RING3_DS               # data segments that ring 3 may keep: IRET would
+        mov ds, eax                          # empty the kernel's own
+        mov es, eax
+
         push FLAT_RING3_SS                   # the frame that IRET takes down
         push offset user_stack
         push 0x202

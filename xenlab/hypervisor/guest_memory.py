@@ -25,7 +25,7 @@ from xenlab.machine.memory import PAGE_SIZE, Memory
 from xenlab.machine.paging import READ, WRITE, Access, PageFault, walk
 
 # Layouts of so many 32-bit words: what frames are made of.
-WORDS = [Struct(f"<{count}I") for count in range(8)]
+WORDS = [Struct(f"<{count}I") for count in range(9)]
 _pack_frame = WORDS[6].pack_into
 
 
@@ -58,8 +58,15 @@ class GuestMemory:
             self._memory.bytes[at : at + size] = data[done : done + size]
             done += size
 
+    def read_words(self, vcpu: Vcpu, address: int, count: int) -> tuple[int, ...]:
+        """Up to eight 32-bit words at ``address``.  Raises HypercallError(EFAULT)."""
+        at = self.machine_address(vcpu, address, 4 * count, False)
+        if at < 0:
+            return WORDS[count].unpack(self.read(vcpu, address, 4 * count))
+        return WORDS[count].unpack_from(self._memory.bytes, at)
+
     def write_words(self, vcpu: Vcpu, address: int, words: tuple[int, ...]) -> None:
-        """Store up to seven 32-bit words, all or none.  Raises HypercallError(EFAULT)."""
+        """Store up to eight 32-bit words, all or none.  Raises HypercallError(EFAULT)."""
         count = len(words)
         at = self.machine_address(vcpu, address, 4 * count, True)
         if at < 0:

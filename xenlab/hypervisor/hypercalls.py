@@ -27,6 +27,7 @@ Handler = Callable[..., int]
 _STUB_BYTES = 32
 _MULTICALL_ENTRY = 32
 MAX_MULTICALL = 4096
+_NOT_IN_BATCHES = frozenset((int(Hypercall.multicall), int(Hypercall.iret)))
 
 
 class HypercallPart(Protocol):
@@ -51,6 +52,10 @@ class HypercallPart(Protocol):
 def unknown(_vcpu: Vcpu, *_: int) -> int:
     """What every number without a handler does."""
     return -Errno.ENOSYS
+
+
+def _refused(_vcpu: Vcpu, *_: int) -> int:
+    return -Errno.EINVAL
 
 
 class HypercallTable:
@@ -96,23 +101,17 @@ class HypercallTable:
             raise HypercallError(Errno.EINVAL)
         self._guest.check_writable(vcpu, address, count * _MULTICALL_ENTRY)
         for at in range(address, address + count * _MULTICALL_ENTRY, _MULTICALL_ENTRY):
-            words = memoryview(self._guest.read(vcpu, at, _MULTICALL_ENTRY)).cast("I")
-            result = self._multicall_entry(vcpu, *words[0:1], *words[2:8])
-            self._guest.write(vcpu, at + 4, (result & 0xFFFF_FFFF).to_bytes(4, "little"))
+            number, _result, ebx, ecx, edx, esi, edi, ebp = self._guest.read_words(vcpu, at, 8)
+            # A batch inside a batch would let a guest build work of any depth; IRET would leave the batch.
+            handler = _refused if number in _NOT_IN_BATCHES else self.handlers.get(number, unknown)
+            try:
+                result = handler(vcpu, ebx, ecx, edx, esi, edi, ebp)
+            except HypercallError as refusal:
+                result = -refusal.errno
+            self._guest.write_words(vcpu, at + 4, (result & 0xFFFF_FFFF,))
             if vcpu.domain.ended:
                 break
         return 0
-
-    def _multicall_entry(
-        self, vcpu: Vcpu, number: int, ebx: int, ecx: int, edx: int, esi: int, edi: int, ebp: int
-    ) -> int:
-        # A batch inside a batch would let a guest build work of any depth; IRET would leave the batch.
-        if number in (Hypercall.multicall, Hypercall.iret):
-            return -Errno.EINVAL
-        try:
-            return self.handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
-        except HypercallError as refusal:
-            return -refusal.errno
 
     def _read_or_none(self, vcpu: Vcpu, address: int, length: int) -> bytes | None:
         try:

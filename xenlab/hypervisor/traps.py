@@ -22,7 +22,7 @@ from __future__ import annotations
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import code_segment, stack_segment, usable_in
 from xenlab.hypervisor.domain import Gate, Vcpu
-from xenlab.hypervisor.guest_memory import WORDS, GuestMemory
+from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.machine.cpu import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.memory import Memory
@@ -134,10 +134,9 @@ class TrapDelivery:
 
     def _pop(self, vcpu: Vcpu, address: int, count: int) -> tuple[int, ...]:
         try:
-            data = self._guest.read(vcpu, address & 0xFFFF_FFFF, 4 * count)
+            return self._guest.read_words(vcpu, address & 0xFFFF_FFFF, count)
         except HypercallError:
             raise Undeliverable(f"iret with its frame at {address:#010x}, which cannot be read") from None
-        return WORDS[count].unpack(data)
 
     def _clear_inner_segments(self, vcpu: Vcpu, ring: int) -> None:
         """On a return outwards the CPU empties data segments that the outer ring may not use."""

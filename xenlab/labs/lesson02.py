@@ -312,7 +312,8 @@ class RoundTrip:
 
     def __str__(self) -> str:
         rings = " → ".join(map(str, self.path))
-        return f"{rings}: {self.crossings} crossings, {self.entries} entries, {self.instructions} instructions"
+        entries = f"hypervisor entered {self.entries} ×"
+        return f"{rings}: {self.crossings} crossings, {entries}, {self.instructions} instructions"
 
 
 def round_trip(instruction: str, vector: int, handler: str) -> RoundTrip:

@@ -189,7 +189,7 @@ class Player:
 
     def _newest(self) -> tuple[Any, ...] | None:
         trace = self.timeline.hypervisor.trace
-        return trace.raw()[-1] if trace is not None and len(trace) else None
+        return next(iter(trace.newest(1)), None) if trace is not None else None
 
     def _to_first_event_after(self, before: int, newest: tuple[Any, ...] | None) -> None:
         trace = self.timeline.hypervisor.trace

@@ -20,7 +20,6 @@ _RADII = {3: 180.0, 2: 132.0, 1: 112.0, 0: 58.0}
 _ORBITS = {3: 157.0, 2: 122.0, 1: 86.0, 0: 36.0}
 _FIRST_ANGLE, _ANGLE_STEP = -20.0, 28.0
 _FRAME_X, _LINE = 410, 20
-_SCANNED = 4000
 
 
 class RingsView(Picture):
@@ -48,10 +47,10 @@ class RingsView(Picture):
     def frames(self) -> list[tuple[Event, list[FrameWord]]]:
         """The last frames that were built, newest first, with their words as pushed."""
         found: list[tuple[Event, list[FrameWord]]] = []
-        for place, (_key, event) in enumerate(newest_first(self._xen)):
+        for _key, event in newest_first(self._xen):
             if event.kind is Kind.DELIVER:
                 found.append((event, frame_words(self._xen, event)))
-            if len(found) == self._frames or place == _SCANNED:
+            if len(found) == self._frames:
                 break
         return found
 

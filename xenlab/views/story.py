@@ -37,6 +37,8 @@ EXCEPTIONS = {
     19: "#XM SIMD",
 }
 _HYPERCALLS = {call.value: call.name for call in Hypercall}
+# Nobody reads further back in a picture, and copying a whole trace costs milliseconds.
+_SCANNED = 4096
 _ERRNOS = frozenset(errno.value for errno in Errno)
 # How many arguments the calls with fewer than three take.
 _ARGUMENTS: dict[int, int] = {
@@ -60,11 +62,11 @@ def hypercall_name(number: int) -> str:
 
 
 def newest_first(xen: Hypervisor) -> Iterator[tuple[str, Event]]:
-    """The recorded events up to now with a key for each, newest first.
+    """The last few thousand events up to now with a key for each, newest first.
 
     The key is time and place among the events of one instruction; a replay gives it again.
     """
-    raw = xen.trace.raw() if xen.trace is not None else []
+    raw = xen.trace.newest(_SCANNED)[::-1] if xen.trace is not None else []
     end = len(raw)
     while end:
         start = end - 1
@@ -220,12 +222,11 @@ def instructions_by_domain(xen: Hypervisor) -> dict[int, int]:
     counts = dict.fromkeys(xen.domains, 0)
     until = xen.now
     switch = int(Kind.SWITCH)
-    for raw in reversed(xen.trace.raw() if xen.trace is not None else ()):
-        if raw[1] == switch and raw[0] <= until:
-            domid = owner.get(raw[4])
-            if domid is not None:
-                counts[domid] += until - raw[0]
-            until = raw[0]
+    switches = [raw for raw in (xen.trace.raw() if xen.trace is not None else ()) if raw[1] == switch]
+    for time, _kind, _domid, _from, key, _slice in reversed(switches):
+        if key in owner:
+            counts[owner[key]] += until - time
+        until = time
     return counts
 
 
