@@ -30,7 +30,7 @@ def test_json_has_the_agreed_shape(xenlab: Run) -> None:
         assert entry["value"] > 0
 
 
-@pytest.mark.parametrize("name", ["hypercall_traced", "fault_bounce", "domain_switch", "cold_start", "view_update"])
+@pytest.mark.parametrize("name", ["hypercall_traced", "fault_bounce", "page_fault_bounce", "domain_switch", "cold_start", "view_update"])
 def test_each_quick_benchmark_gives_a_value(xenlab: Run, name: str) -> None:
     found = json.loads(xenlab("bench", name, "--json", "--repeat", 1).stdout)
     assert found["results"][name]["value"] > 0
@@ -116,14 +116,15 @@ def test_hypercall_guest_makes_one_a_round() -> None:
     assert results == [4 << 16 | 17] * 10
 
 
-def test_fault_guest_bounces_one_a_round() -> None:
-    xen = guests.hypervisor_with(guests.FAULT, traced=True)
+@pytest.mark.parametrize(("source", "vector"), [(guests.FAULT, 6), (guests.PAGE_FAULT, 14)])
+def test_fault_guests_bounce_one_a_round(source: str, vector: int) -> None:
+    xen = guests.hypervisor_with(source, traced=True)
     assert xen.trace is not None
     xen.trace.clear()
     xen.run(10 * guests.FAULT_ROUND_INSTRUCTIONS)
     faults = [(event.vector, event.ring) for event in xen.trace.events(Kind.TRAP)]
     crossings = [(event.from_ring, event.to_ring) for event in xen.trace.events(Kind.DELIVER)]
-    assert faults == [(14, 3)] * 10
+    assert faults == [(vector, 3)] * 10
     assert crossings == [(3, 1)] * 10
 
 

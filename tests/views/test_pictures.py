@@ -55,6 +55,17 @@ def test_the_same_run_gives_the_same_picture(view: type[Picture], run: Run) -> N
 
 
 @pytest.mark.parametrize("view", VIEWS)
+def test_height_stays_while_a_run_goes_on(view: type[Picture], run: Run) -> None:
+    xen = run(talker("hello"), ROUND_TRIPS, budget=0)
+    picture = view(xen)
+    heights = set()
+    for _step in range(120):
+        xen.run(1)
+        heights.add(ElementTree.fromstring(picture.svg()).get("viewBox"))
+    assert len(heights) == 1
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_machine_without_domains_or_trace(view: type[Picture]) -> None:
     picture = view(Hypervisor(Machine(memory_mib=1)))
     ElementTree.fromstring(picture.svg())

@@ -122,6 +122,8 @@ async def _execute(lesson: Path, cell_seconds: int) -> str:
         resources={"metadata": {"path": str(lesson.parent)}},
         on_cell_execute=lambda cell, cell_index: started.append(cell_index),
         shutdown_kernel="immediate",
+        # A kernel's warnings about its own transport would stand between the lines of the report.
+        extra_arguments=["--log-level=ERROR"],
     )
     try:
         await client.async_execute()

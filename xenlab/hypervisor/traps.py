@@ -61,7 +61,8 @@ class TrapDelivery:
         gate = vcpu.traps[vector]
         if gate is None:
             raise Undeliverable(f"exception {vector} and no handler registered for it")
-        code = self._code(vcpu, gate.cs)
+        # The flat segments stand in a page that no guest can change: they need no looking up.
+        code = vcpu.flat_code.get(gate.cs) or code_segment(self._memory, vcpu, gate.cs)
         if code is None:
             raise Undeliverable(f"the handler for exception {vector} has the unusable code selector {gate.cs:#x}")
         esp, eip, flags, ring, cs, ss = vcpu.state.interrupted()
@@ -70,7 +71,9 @@ class TrapDelivery:
         saved_cs, saved_flags = cs | mask << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS | (0 if mask else IF)
         words: tuple[int, ...] = eip, saved_cs, saved_flags
         if to_ring < ring:
-            stack = self._stack(vcpu, vcpu.kernel_ss, to_ring)
+            if vcpu.kernel_ss & 3 == to_ring:
+                stack = vcpu.flat_data.get(vcpu.kernel_ss)
+            stack = stack or stack_segment(self._memory, vcpu, vcpu.kernel_ss, to_ring)
             if stack is None:
                 raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
             words, esp, base = (eip, saved_cs, saved_flags, esp, ss), vcpu.kernel_esp, stack.base
@@ -109,28 +112,18 @@ class TrapDelivery:
         eax, eip, cs, flags = self._pop(vcpu, base + top, 4)
         cs = checked_selector(cs & 0xFFFF)
         ring = cs & 3
-        code, stack, esp = self._code(vcpu, cs), None, top + 16 & 0xFFFF_FFFF
+        code, stack, esp = code_segment(self._memory, vcpu, cs), None, top + 16 & 0xFFFF_FFFF
         if code is None or ring < from_ring:
             raise Undeliverable(f"iret to the unusable code selector {cs:#x}")
         if ring > from_ring:
             esp, ss = self._pop(vcpu, base + top + 16, 2)
-            stack = self._stack(vcpu, ss & 0xFFFF, ring)
+            stack = stack_segment(self._memory, vcpu, ss & 0xFFFF, ring)
             if stack is None:
                 raise Undeliverable(f"iret to the unusable stack selector {ss & 0xFFFF:#x}")
             self._clear_inner_segments(vcpu, ring)
         state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
         return ring, eax
-
-    def _code(self, vcpu: Vcpu, selector: int) -> Segment | None:
-        # The flat segments stand in a page that no guest can change: they need no looking up.
-        return vcpu.flat_code.get(selector) or code_segment(self._memory, vcpu, selector)
-
-    def _stack(self, vcpu: Vcpu, selector: int, ring: int) -> Segment | None:
-        flat = vcpu.flat_data.get(selector)
-        if flat is not None and selector & 3 == ring:
-            return flat
-        return stack_segment(self._memory, vcpu, selector, ring)
 
     def _pop(self, vcpu: Vcpu, address: int, count: int) -> tuple[int, ...]:
         try:

@@ -21,6 +21,7 @@ from xenlab.views.story import Step, describe, last_steps, owner_of, site
 _LANES = {3: 218.0, 1: 320.0, 0: 422.0}
 _HEADS = {3: ("application", APPLICATION), 1: ("guest kernel", KERNEL), 0: ("hypervisor", HYPERVISOR)}
 _ROW, _TOP, _TEXT_X = 25, 76, 446
+_DETAIL_HEIGHT = 36 + 18 * 7  # a trap has thirteen values, two on a line
 _DASHES = {Kind.TRAP: "7 3", Kind.DELIVER: "2 3", Kind.EMULATE: "7 3"}
 
 
@@ -82,7 +83,8 @@ class CallTimeline(Picture):
     def svg(self) -> str:
         steps = self.steps()
         canvas = Canvas(self.title, f"the last {len(steps)} events")
-        bottom: float = _TOP + _ROW * max(len(steps), 1) + 4
+        # As high as it can become, so that nothing below moves while the run plays.
+        bottom = _TOP + _ROW * self._count + 4
         self._lanes(canvas, bottom)
         chosen = self.chosen(steps)
         for place, step in enumerate(steps):
@@ -90,8 +92,8 @@ class CallTimeline(Picture):
         if not steps:
             canvas.text(_TEXT_X, _TOP + 17, "Nothing has happened yet.", "d")
         if chosen is not None:
-            bottom = _draw_detail(canvas, self.detail(chosen), bottom + 8)
-        return canvas.render(bottom + 8)
+            _draw_detail(canvas, self.detail(chosen), bottom + 8)
+        return canvas.render(bottom + _DETAIL_HEIGHT + 16)
 
     def _lanes(self, canvas: Canvas, bottom: float) -> None:
         for ring, x in _LANES.items():
@@ -159,10 +161,8 @@ def _draw_crossing(canvas: Canvas, step: Step, y: float, domain: int) -> None:
         canvas.path(f"M{inner - 6} {y:g}l6 -6l6 6l-6 6z", fill=colour)
 
 
-def _draw_detail(canvas: Canvas, detail: Detail, top: float) -> float:
-    lines = max(-(-len(detail.values) // 2), len(detail.code))
-    height = 36 + 18 * lines
-    canvas.rect(16, top, WIDTH - 32, height, "soft", rx="6")
+def _draw_detail(canvas: Canvas, detail: Detail, top: float) -> None:
+    canvas.rect(16, top, WIDTH - 32, _DETAIL_HEIGHT, "soft", rx="6")
     canvas.text(28, top + 21, clip(detail.headline, 108), "m b")
     for place, (name, value) in enumerate(detail.values):
         x, y = 28 + 172 * (place % 2), top + 44 + 18 * (place // 2)
@@ -170,7 +170,6 @@ def _draw_detail(canvas: Canvas, detail: Detail, top: float) -> float:
         canvas.text(x + 62, y, clip(value, 14), "m")
     for place, line in enumerate(detail.code):
         _draw_code(canvas, line, 388, top + 44 + 18 * place)
-    return top + height
 
 
 def _draw_code(canvas: Canvas, line: CodeLine, x: float, y: float) -> None:

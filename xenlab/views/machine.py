@@ -154,7 +154,7 @@ def _squares(cells: list[int], owner: int, top: float) -> str:
 
 def _card(canvas: Canvas, row: DomainRow, top: float) -> float:
     lines = row.console or ("(nothing on the console yet)",)
-    height = max(58, 16 + 17 * len(lines))
+    height = 16 + 17 * _LINES  # the same with little to say, so that nothing below moves while the run plays
     canvas.rect(16, top, WIDTH - 32, height, "r", rx="6")
     canvas.chip(26, top + 23, row.domid, f"domain {row.domid}", 74)
     canvas.text(110, top + 23, clip(row.name, 16), "b")

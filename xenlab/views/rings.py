@@ -20,6 +20,7 @@ _RADII = {3: 180.0, 2: 132.0, 1: 112.0, 0: 58.0}
 _ORBITS = {3: 157.0, 2: 122.0, 1: 86.0, 0: 36.0}
 _FIRST_ANGLE, _ANGLE_STEP = -20.0, 28.0
 _FRAME_X, _LINE = 410, 20
+_FRAME_HEIGHT = 10 + 6 * _LINE + 38  # six words, when there is an error code
 
 
 class RingsView(Picture):
@@ -72,14 +73,15 @@ class RingsView(Picture):
         for place, move in enumerate(moves):
             _draw_move(canvas, place, move)
         self._draw_cpu(canvas)
-        bottom = 62.0
-        if not self.frames():
+        _draw_legend(canvas, moves)
+        bottom = top = 96.0 + _LINE * self._moves
+        frames = self.frames()
+        if not frames:
             canvas.text(_FRAME_X, bottom, "No exception frame was built yet.", "d")
-            bottom += 30
-        for event, words in self.frames():
+        for event, words in frames:
             bottom = _draw_frame(canvas, event, words, bottom)
-        bottom = _draw_legend(canvas, moves, bottom)
-        return canvas.render(max(bottom, 440))
+        # As high as it can become, so that nothing below moves while the run plays.
+        return canvas.render(max(top + _FRAME_HEIGHT * self._frames, 440))
 
     def _summary(self) -> str:
         found = self.position()
@@ -122,15 +124,16 @@ def _draw_move(canvas: Canvas, place: int, move: Move) -> None:
     canvas.text(x1, y1 + 4, str(place + 1), "w b s", anchor="middle")
 
 
-def _draw_legend(canvas: Canvas, moves: list[Move], top: float) -> float:
-    canvas.text(_FRAME_X, top + 10, "Last moves", "b")
+def _draw_legend(canvas: Canvas, moves: list[Move]) -> None:
+    canvas.text(_FRAME_X, 56, "Last moves", "b")
     for place, move in enumerate(moves):
-        y = top + 32 + _LINE * place
+        y = 78 + _LINE * place
         canvas.text(_FRAME_X, y, f"{place + 1}", "b")
         canvas.text(_FRAME_X + 22, y, f"{move.time:,}", "m d")
         canvas.text(_FRAME_X + 130, y, f"{move.from_ring} → {move.to_ring}", "m b")
         canvas.text(_FRAME_X + 190, y, clip(f"{_domain(move.domain)}: {move.why}", 38))
-    return top + 36 + _LINE * max(len(moves), 1)
+    if not moves:
+        canvas.text(_FRAME_X, 78, "None yet.", "d")
 
 
 def _draw_frame(canvas: Canvas, event: Event, words: list[FrameWord], top: float) -> float:

@@ -56,6 +56,7 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("hypercall", Unit.FLOORS, 1.6, guests.hypercall),
         Benchmark("hypercall_traced", Unit.FLOORS, 2.2, guests.hypercall_traced),
         Benchmark("fault_bounce", Unit.FLOORS, 4.0, guests.fault_bounce),
+        Benchmark("page_fault_bounce", Unit.FLOORS, 4.0, guests.page_fault_bounce),
         Benchmark("domain_switch", Unit.FLOORS, 4.0, guests.domain_switch),
         Benchmark("compute", Unit.RATIO, 0.95, guests.compute, most=15),
         Benchmark("cold_start", Unit.SECONDS, 0.5, host.cold_start, most=5),

@@ -27,7 +27,7 @@ again: mov ebx, SCHEDOP_yield
 """
 YIELD_INSTRUCTIONS = 5
 
-FAULT = """
+_BOUNCE = """
 start: mov ebx, offset table
     mov eax, __HYPERVISOR_set_trap_table
     int 0x82
@@ -41,21 +41,24 @@ start: mov ebx, offset table
     push FLAT_RING3_CS
     push offset again
     iret
-handler: add esp, 4
+handler: {drop}
     add dword ptr [esp], 2
     iret
-table: .byte 14, 0
+table: .byte {vector}, 0
     .short FLAT_RING1_CS
     .long handler, 0, 0
     .align 4096
 user_start:
-again: mov eax, [ebx]
+again: {fault}
     jmp again
     .space 256
 user_stack:
     .align 4096
 user_end:
 """
+# Both faulting instructions are two bytes long.
+FAULT = _BOUNCE.format(vector=6, fault="ud2", drop="nop")
+PAGE_FAULT = _BOUNCE.format(vector=14, fault="mov eax, [ebx]", drop="add esp, 4")
 FAULT_ROUND_INSTRUCTIONS = 5
 
 COMPUTE = """
@@ -104,14 +107,22 @@ def hypercall_traced() -> Sample:
 
 
 def fault_bounce() -> Sample:
-    """A page fault of an application in ring 3, bounced to its kernel's handler in ring 1, and back by ``iret``.
+    """An invalid opcode of an application in ring 3, bounced to its kernel's handler, and back by ``iret``.
 
-    A round is five instructions: the load from an absent page, which faults; ``add esp, 4``
-    (drop the error code), ``add [esp], 2`` (step over the load), ``iret``; and ``jmp`` back.
-    The MMU's walk to the missing page and the ``iret`` across rings, which the CPU does by
-    itself, are in the figure.
+    A round is five instructions: ``ud2``, which faults; in ring 1 ``nop``, ``add dword ptr
+    [esp], 2``, which skips the ``ud2``, and ``iret``, which the CPU does alone; and ``jmp`` in
+    ring 3.
     """
     return _per_round(hypervisor_with(FAULT), FAULT_ROUND_INSTRUCTIONS)
+
+
+def page_fault_bounce() -> Sample:
+    """The same for a load from an absent page, with its address and an error code to be passed on.
+
+    What it takes longer is mostly the emulated CPU's own: it walks the page tables before it
+    raises the fault.
+    """
+    return _per_round(hypervisor_with(PAGE_FAULT), FAULT_ROUND_INSTRUCTIONS)
 
 
 def domain_switch() -> Sample:
