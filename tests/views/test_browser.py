@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -109,7 +110,8 @@ def run_cell(page: Any, place: int) -> None:
         page.click(f"{cell} >> .jp-InputArea-editor")
         page.keyboard.press("Shift+Enter")
         for _moment in range(30):
-            if any(sign.isalnum() for sign in page.inner_text(f"{cell} >> .jp-InputArea-prompt")):
+            # A number when it has run, a star while it runs.
+            if page.inner_text(f"{cell} >> .jp-InputArea-prompt").strip("[]: \n"):
                 return
             page.wait_for_timeout(200)
     pytest.fail("the cell was not run")
@@ -196,8 +198,10 @@ def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_p
 
 def wait_for_outputs(path: Path) -> dict[str, Any]:
     for _attempt in range(100):
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if saved["cells"][0]["outputs"]:
-            return saved
+        # Read while the server writes it, the file may be cut off.
+        with contextlib.suppress(json.JSONDecodeError):
+            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if saved["cells"][0]["outputs"]:
+                return saved
         time.sleep(0.2)
     pytest.fail("the notebook was not saved with its outputs")

@@ -120,6 +120,16 @@ class Hypervisor:
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
 
     @property
+    def trace(self) -> Trace | None:
+        """Where events are recorded; None for no recording."""
+        return self._trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._trace = trace
+        self._record = trace.record if trace is not None else None
+
+    @property
     def now(self) -> int:
         """Instructions begun since power-on."""
         return self.cpu.instructions
@@ -164,15 +174,16 @@ class Hypervisor:
             if hidden & 3 != KERNEL_RING:
                 self._exception(vcpu, vector, error, address)
             else:
-                if self.trace is not None:
-                    now, domid, record = self.cpu.instructions, vcpu.domid, self.trace.record
+                record = self._record
+                if record is not None:
+                    now, domid = self.cpu.instructions, vcpu.domid
                     record((now, _HYPERCALL, domid, frame[:9]))
                 try:
                     result = self._handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
                 except HypercallError as refusal:
                     result = -refusal.errno
                 vcpu.state.set_eax(result & _U32)
-                if self.trace is not None:
+                if record is not None:
                     record((now, _RETURN, domid, number, result))
         else:
             self._exception(vcpu, vector, error, address)

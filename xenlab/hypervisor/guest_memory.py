@@ -26,7 +26,7 @@ from xenlab.machine.paging import READ, WRITE, Access, PageFault, walk
 
 # Layouts of so many 32-bit words: what frames are made of.
 WORDS = [Struct(f"<{count}I") for count in range(9)]
-_pack_frame = WORDS[6].pack_into
+_pack_five, _pack_six = WORDS[5].pack_into, WORDS[6].pack_into
 
 
 class GuestMemory:
@@ -72,9 +72,12 @@ class GuestMemory:
         if at < 0:
             self.write(vcpu, address, WORDS[count].pack(*words))
         elif count == 6:
-            # A frame from ring 3 with an error code, spelled out: a page fault must be quick.
+            # A frame from ring 3, spelled out: a call with unpacked arguments takes twice as long.
             a, b, c, d, e, f = words
-            _pack_frame(self._memory.bytes, at, a, b, c, d, e, f)
+            _pack_six(self._memory.bytes, at, a, b, c, d, e, f)
+        elif count == 5:
+            a, b, c, d, e = words
+            _pack_five(self._memory.bytes, at, a, b, c, d, e)
         else:
             WORDS[count].pack_into(self._memory.bytes, at, *words)
 

@@ -242,8 +242,17 @@ class ProbedCpu:
             try:
                 if vector >= 32:
                     self.handler(vector, 0, 0)
-                else:
-                    self._exception(state, vector)
+                elif self._leaving is None:  # else: the single step behind an instruction that will not have happened
+                    state.old_exception[0] = -1
+                    error, software, behind = state.exception()
+                    if software:
+                        # INT 6 comes as an invalid opcode does, with EIP still before it.
+                        error, state.eip = SOFTWARE, behind
+                    elif vector not in WITH_ERROR_CODE:
+                        error = 0
+                    self.handler(vector, error, state.words[CR2] if vector == PAGE_FAULT and not software else 0)
+                    if state.words[CC_OP] != CC_OP_EFLAGS:
+                        state.settle_flags()
             except BaseException as failure:
                 self._fail(failure)
             self.state.resume()
@@ -258,22 +267,6 @@ class ProbedCpu:
         engine.on_interrupt(on_interrupt)
         engine.on_invalid(on_invalid)
         install_instruction_hooks(engine, self._begin_leaving)
-
-    def _exception(self, state: ContextState, vector: int) -> None:
-        if self._leaving is not None:
-            return  # the single step behind an instruction that will not have happened
-        state.old_exception[0] = -1
-        error, software, behind = state.exception()
-        if vector == PAGE_FAULT and not software:
-            self.handler(vector, error, state.words[CR2])
-        elif not software:
-            self.handler(vector, error if vector in WITH_ERROR_CODE else 0, 0)
-        else:
-            # INT 6 comes as an invalid opcode does, with EIP still before it.
-            state.eip = behind
-            self.handler(vector, SOFTWARE, 0)
-        if state.words[CC_OP] != CC_OP_EFLAGS:
-            state.settle_flags()
 
     def _begin_leaving(self, vector: int) -> None:
         self._leaving = Context(self._engine)

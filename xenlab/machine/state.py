@@ -51,6 +51,8 @@ _pack_caches = struct.Struct("<I4xI4xIII4xI4xII").pack_into
 _pack_go_on = struct.Struct("<I4xI4x8xI4x8xIII").pack_into
 # ESP, those, and the selectors in CS and SS.
 _INTERRUPTED = struct.Struct("<32xI92xI4xI4x8xI4x8xIII28xI20xI")
+# Hidden flags, and the bases of ES and DS.
+_unpack_hidden = struct.Struct("<I12xI68xI").unpack_from
 _CODE_BYTE, _EIP_BYTE = 4 * _CODE, at.EIP
 _CPL, _CC_OP_EFLAGS, _FLAT = at.HF_CPL, at.CC_OP_EFLAGS, at.HF_CS32 | at.HF_SS32
 _PLAIN = ~(ARITHMETIC | DF)
@@ -257,8 +259,8 @@ class ContextState:
         words[_HFLAGS] = words[_HFLAGS] & ~_FOLLOWING | self._following()
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
-        words, head = self.words, self._head
-        hidden = words[_HFLAGS]
+        head = self._head
+        hidden, extra_base, data_base = _unpack_hidden(head, at.HFLAGS)
         if ss is None:
             _pack_cache(head, _CODE_BYTE, *cs)
             hidden = hidden & ~_FOLLOWING | self._following()
@@ -278,14 +280,14 @@ class ContextState:
                 stack_limit,
                 stack_attributes,
             )
-            if words[_EXTRA + 2] or words[_DATA + 2] or stack_base or not attributes & stack_attributes & _BIG:
+            if extra_base or data_base or stack_base or not attributes & stack_attributes & _BIG:
                 hidden = hidden & ~_FOLLOWING | self._following()
             else:
                 hidden = hidden & ~_FOLLOWING | _FLAT
             hidden = hidden & ~_CPL | stack_attributes >> 13 & 3
         direction = 0xFFFF_FFFF if eflags & DF else 1
         _pack_go_on(head, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
-        words[_ESP] = esp
+        self.words[_ESP] = esp
 
     def interrupted(self) -> tuple[int, int, int, int, int, int]:
         esp, eip, flags, arithmetic, operation, direction, hidden, cs, ss = self._unpack_interrupted()
