@@ -30,7 +30,9 @@ def test_json_has_the_agreed_shape(xenlab: Run) -> None:
         assert entry["value"] > 0
 
 
-@pytest.mark.parametrize("name", ["hypercall_traced", "fault_bounce", "page_fault_bounce", "domain_switch", "cold_start", "view_update"])
+@pytest.mark.parametrize(
+    "name", ["hypercall_traced", "fault_bounce", "page_fault_bounce", "domain_switch", "cold_start", "view_update"]
+)
 def test_each_quick_benchmark_gives_a_value(xenlab: Run, name: str) -> None:
     found = json.loads(xenlab("bench", name, "--json", "--repeat", 1).stdout)
     assert found["results"][name]["value"] > 0
