@@ -17,6 +17,7 @@ from pathlib import Path
 from xenlab.errors import XenlabError
 
 DEFAULT_PORT = 8888
+_SETTINGS = Path(__file__).with_name("lab_settings")
 _PORTS_TRIED = 50
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.1
@@ -54,7 +55,8 @@ class Server:
             "ServerApp.port_retries": 0,
             "ServerApp.open_browser": self.browser,
             "ServerApp.answer_yes": True,
-            "LabApp.news_url": None,  # nothing is asked of the network
+            # A default of ours: nothing is asked of the network, and nobody is asked whether it may be.
+            "LabApp.app_settings_dir": _SETTINGS,
             "LabApp.default_url": f"/lab/tree/{self.first.as_posix()}",
         }
         command = [sys.executable, "-m", "jupyterlab", "--log-level=WARN"]
