@@ -274,10 +274,10 @@ def test_create_and_destroy_200_times_leaks_nothing() -> None:
 
 
 ENDS = {
-    "no handler": ("ud2", "exception 6 and no handler", "ud2"),
-    "no handler for a page fault": ("mov eax, [0x10]", "exception 14 and no handler", "mov"),
-    "nowhere": ("mov eax, 0x10\n jmp eax", "exception 14 and no handler", "no code"),
-    "into the hypervisor": ("mov eax, 0xfd000000\n jmp eax", "exception 13 and no handler", "no code"),
+    "no handler": ("ud2", "exception 6 (#UD invalid opcode) and no handler", "ud2"),
+    "no handler for a page fault": ("mov eax, [0x10]", "exception 14 (#PF page fault) at address 0x000000", "mov"),
+    "nowhere": ("mov eax, 0x10\n jmp eax", "exception 14 (#PF page fault) at address 0x000000", "no code"),
+    "into the hypervisor": ("mov eax, 0xfd000000\n jmp eax", "exception 13 (#GP protection) and no handler", "no code"),
     "wild stack": ("mov esp, 0x10\n push eax", "exception 14", "push"),
     "hypercall with a wild stack": ("mov esp, 0x10\n mov eax, __HYPERVISOR_iret\n int 0x82", "iret", ""),
     "data as code": (".byte 0x0f, 0xff, 0xff, 0xff", "exception 6", ""),

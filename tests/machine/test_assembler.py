@@ -231,7 +231,7 @@ def test_address_that_does_not_fit_is_refused_at_its_line() -> None:
     assert "0x10004 does not fit into 16 bits; 1 more line has errors" in error.problem
 
 
-@pytest.mark.parametrize("source", ["bogus\nnop\nbogus\nmov eax, ]", "call x\nnop\ncall y\ncall x"])
+@pytest.mark.parametrize("source", ["bogus\nnop\nbogus\nmov eax, ,", "call x\nnop\ncall y\ncall x"])
 def test_further_errors_are_counted(source: str) -> None:
     error = rejection(source)
     assert error.line == 1
@@ -369,3 +369,23 @@ def test_disassembly_assembles_to_the_same_bytes(statements: list[str], base: in
     listing = disassemble(program.code, base)
     assert [program.line_at(entry.address) for entry in listing] == list(range(1, len(statements) + 1))
     assert assemble("\n".join(entry.text for entry in listing), base).code == program.code
+
+
+@pytest.mark.parametrize(
+    ("source", "column", "hint"),
+    [
+        ("mov eax, [ebx + ecx", 10, "']'"),
+        ("mov eax, [ebx", 10, "']'"),
+        ("mov eax, ebx]", 13, "'['"),
+        ("mov eax, [ebx]]", 15, "'['"),
+    ],
+)
+def test_an_unbalanced_bracket_is_an_error(source: str, column: int, hint: str) -> None:
+    with pytest.raises(AssemblyError) as caught:
+        assemble("nop\n" + source)
+    assert (caught.value.line, caught.value.column) == (2, column)
+    assert hint in caught.value.hint
+
+
+def test_brackets_in_strings_and_comments_are_text() -> None:
+    assert assemble('.ascii "]["  # [\n').code == b"]["

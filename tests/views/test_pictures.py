@@ -220,3 +220,28 @@ def test_views_load_nothing_heavy() -> None:
     program = f"import sys, xenlab.views; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_domain_that_ended_itself_does_not_return(run: Run) -> None:
+    xen = run(talker("bye"))
+    assert [(move.from_ring, move.to_ring) for move in last_moves(xen, 3)] == [(1, 0), (0, 1), (1, 0)]
+    shutdown = [text for step in last_steps(xen, 12) if "sched_op" in (text := describe(xen, step))]
+    assert len(shutdown) == 1
+    assert "=" not in shutdown[0]
+
+
+def test_source_lines_come_without_comments_and_once(run: Run) -> None:
+    source = "start:   nop  # why not\n jmp start\n .align 16"
+    view = RegistersView(run(source, budget=10), sources={0: source})
+    vcpu = view.vcpu()
+    assert vcpu is not None
+    found = [line.source for line in view.code(vcpu) if line.source]
+    assert found[:2] == ["1: start: nop", "2: jmp start"]
+    assert found.count("2: jmp start") == 1
+
+
+def test_a_long_line_on_the_console_goes_on_in_the_next(run: Run) -> None:
+    text = "".join(f"{number:03}" for number in range(60))
+    drawn = words_in(MachineView(run(talker(text))))
+    assert text in drawn.replace("\n", "")
+    assert text not in drawn

@@ -26,7 +26,8 @@ from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.machine.cpu import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.memory import Memory
-from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, NT, RF, TF, VM, Segment
+from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, NT, RF, TF, VM
+from xenlab.machine.vectors import vector_name
 
 KERNEL_RING, USER_RING = 1, 3
 _SAVED_MASK_SHIFT = 16
@@ -60,7 +61,8 @@ class TrapDelivery:
         """
         gate = vcpu.traps[vector]
         if gate is None:
-            raise Undeliverable(f"exception {vector} and no handler registered for it")
+            where = f" at address {address:#010x}" if vector == PAGE_FAULT and error != SOFTWARE else ""
+            raise Undeliverable(f"exception {vector} ({vector_name(vector)}){where} and no handler registered for it")
         # The flat segments stand in a page that no guest can change: they need no looking up.
         code = vcpu.flat_code.get(gate.cs) or code_segment(self._memory, vcpu, gate.cs)
         if code is None:

@@ -152,7 +152,20 @@ def _check(number: int, line: Line) -> None:
         raise _error(number, line.word_at + 1, REFUSED[word][0], line, REFUSED[word][1])
     if hidden := REFUSED_ANYWHERE.search(line.kept):
         raise _error(number, hidden.start() + 1, "files cannot be put into the image", line)
+    _check_brackets(number, line)
     _check_bulk(number, line)
+
+
+def _check_brackets(number: int, line: Line) -> None:
+    """LLVM takes an address without its closing bracket, and drops what stands in it."""
+    opened: list[int] = []
+    for at, character in enumerate(line.bare):
+        if character == "[":
+            opened.append(at)
+        elif character == "]" and not (opened and opened.pop() >= 0):
+            raise _error(number, at + 1, "this ']' closes nothing", line, "write a '[' before the address")
+    if opened:
+        raise _error(number, opened[-1] + 1, "this '[' is not closed", line, "write a ']' behind the address")
 
 
 def _check_bulk(number: int, line: Line) -> None:

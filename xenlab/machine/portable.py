@@ -9,14 +9,17 @@ handler works on them as plain numbers, and the state is built anew for the next
 
 1. restore a context of ring 0 saved at power-on; only that cleans the mark of an exception in
    flight, without which the next fault would be a double fault;
-2. change ring by a real IRET, from a stack and a descriptor table in a page of the CPU's own, at
-   a physical address above all machine memory, with paging off;
+2. load code segment and ring by a real IRET, from a stack and a descriptor table in a page of the
+   CPU's own, at a physical address above all machine memory, with paging off;
 3. write the other registers by name, paging and the guest's own table last.
+
+Code in ring 0, which only labs run, may load system registers.  They are read after each run that
+began there, and from then on belong to the state.
 
 Instructions are counted by a hook on each.  Error codes come from `fault_code`.
 
 The invariant: same guests, same traps, same instruction times, same registers as on the probed
-CPU, to the bit (tests run both).  Four things differ where no validated guest can tell:
+CPU, to the bit (tests run both).  Five things differ where no validated guest can tell:
 
 * the TLB is emptied at every trap, so an entry made stale from Python takes effect at once;
 * the hidden part of a segment register is not readable.  It is followed by selector: a guest that
@@ -24,13 +27,12 @@ CPU, to the bit (tests run both).  Four things differ where no validated guest c
   until it loads another;
 * in ring 3, an operand that a segment load takes from inside the descriptor table itself faults
   with the code of the descriptor's access; the hypervisor's range is reported as #GP anyway;
+* what code in ring 0 loads into CR3, debug and model-specific registers lasts until the next trap;
 * a page fault for which no refused access is found on the second try has the code 0.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import unicorn
@@ -56,9 +58,10 @@ from xenlab.machine.fault_code import LONGEST_INSTRUCTION, PageFaultCodes, Selec
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import READ, PageFault, PagingMode, walk
+from xenlab.machine.portable_state import FLOATING_ORDER, PortableState
 from xenlab.machine.register_batch import RegisterBatch
 from xenlab.machine.segments import Descriptor, flat_data
-from xenlab.machine.state import VM, Segment, architectural
+from xenlab.machine.state import VM, Segment
 
 # Above 2 GiB, the most that machine memory can have, and below every guest's segment limit.
 _SCRATCH, _SCRATCH_BYTES = 0xF000_0000, 0x2_0000
@@ -68,111 +71,9 @@ _PAGING = 0x8000_0000
 _IRETD = b"\xcf"
 _SHORT_INTERRUPTS = {3: b"\xcc", 4: b"\xce"}
 _INTEGER = (*GENERAL, "eip", "eflags", "cr2", *SEGMENTS)
+# Those that only ring 0 can load, besides the GDT's; CR0 last, since it switches paging on.
+_SYSTEM = tuple(getattr(x86, f"UC_X86_REG_{name}") for name in ("IDTR", "LDTR", "TR", "CR4", "CR0"))
 _DPL, _VM_SEGMENT = 3 << 45, 0xF300
-# ST0 is relative to the top of stack in the status word, so that has to be written first.
-_FLOATING = sorted(FLOATING_POINT, key=lambda name: not name.startswith("fp"))
-
-
-class PortableState:
-    """`CpuState` in plain numbers.
-
-    Attributes:
-        gdt: linear address and limit of the descriptor table.
-        floating: the x87 and SSE registers, as `RegisterBatch` reads them.
-    """
-
-    eax: int
-    ecx: int
-    edx: int
-    ebx: int
-    esp: int
-    ebp: int
-    esi: int
-    edi: int
-    eip: int
-
-    def __init__(self, floating: bytes, mode: PagingMode, cr3: int, gdt: tuple[int, int]) -> None:
-        self.mode, self.cr3, self.gdt = mode, cr3, gdt
-        self.floating = floating
-        self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}
-        self.set_general((0,) * len(GENERAL))
-        self.eip = self._cpl = self.cr2 = 0
-        self._eflags = 2
-
-    @property
-    def cpl(self) -> int:
-        return self._cpl
-
-    @property
-    def eflags(self) -> int:
-        return self._eflags
-
-    @eflags.setter
-    def eflags(self, value: int) -> None:
-        self._eflags = value | 2
-
-    def segment(self, name: str) -> Segment:
-        return self.caches[name]
-
-    def load_segment(self, name: str, selector: int, descriptor: Descriptor | None) -> None:
-        self.caches[name] = Segment.of(selector, descriptor)
-        if name == "ss" and descriptor is not None:
-            self._cpl = descriptor.dpl
-
-    def general(self) -> tuple[int, int, int, int, int, int, int, int]:
-        return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi
-
-    def set_general(self, values: tuple[int, ...]) -> None:
-        """Set EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI."""
-        for name, value in zip(GENERAL, values, strict=True):
-            setattr(self, name, value)
-
-    def frame(self) -> tuple[int, ...]:
-        return *self.general(), self.eip, self._cpl
-
-    def set_eax(self, value: int) -> None:
-        self.eax = value
-
-    def selectors(self) -> tuple[int, ...]:
-        return tuple(cache.selector for cache in self.caches.values())
-
-    def interrupted(self) -> tuple[int, int, int, int, int, int]:
-        cs, ss = self.caches["cs"].selector, self.caches["ss"].selector
-        return self.esp, self.eip, self._eflags, self._cpl, cs, ss
-
-    def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
-        self.caches["cs"] = cs
-        if ss is not None:
-            self.caches["ss"] = ss
-            self._cpl = ss.attributes >> 13 & 3
-        self.eip, self.eflags, self.esp = eip, eflags, esp
-
-    def take(self, values: Mapping[str, int], caches: dict[str, Segment]) -> None:
-        """Take over what the engine's registers held after a run."""
-        self.set_general(tuple(values[name] for name in GENERAL))
-        self.eip, self._eflags, self.cr2 = values["eip"], values["eflags"], values["cr2"]
-        self.caches = caches
-        self._cpl = 3 if self._eflags & VM else caches["cs"].selector & 3
-
-    def save(self) -> bytes:
-        caches = [[c.selector, c.base, c.limit, c.attributes] for c in self.caches.values()]
-        numbers = [self.general(), self.eip, self._eflags, self.cr2, self.cr3, self._cpl, self.gdt, caches]
-        return self.floating + json.dumps(numbers).encode()
-
-    def restore(self, saved: bytes) -> None:
-        size = len(self.floating)
-        self.floating = saved[:size]
-        general, self.eip, self._eflags, self.cr2, self.cr3, self._cpl, gdt, caches = json.loads(saved[size:])
-        self.set_general(general)
-        self.gdt = gdt[0], gdt[1]
-        self.caches = {name: Segment(*cache) for name, cache in zip(SEGMENTS, caches, strict=True)}
-
-    def architectural(self) -> Mapping[str, int]:
-        floating = {}
-        for name, (_number, size) in FLOATING_POINT.items():
-            at = _FLOATING.index(name) * RegisterBatch.SLOT
-            floating[name] = int.from_bytes(self.floating[at : at + size], "little")
-        return architectural(self, floating)
 
 
 class PortableCpu:
@@ -198,7 +99,7 @@ class PortableCpu:
         self._leaving: Context | None = None
         self._begun = self._last = 0
         self._integer = RegisterBatch(engine, [(REGISTER_IDS[name], 4) for name in _INTEGER])
-        self._floating = RegisterBatch(engine, [FLOATING_POINT[name] for name in _FLOATING])
+        self._floating = RegisterBatch(engine, [FLOATING_POINT[name] for name in FLOATING_ORDER])
         engine.uc.mem_map(_SCRATCH, _SCRATCH_BYTES)
         engine.uc.mem_write(_STUB, _IRETD)
         power_on(engine)
@@ -224,8 +125,8 @@ class PortableCpu:
         self.flush_tlb()
 
     def flush_tlb(self) -> None:
+        # Nothing is cached from one trap to the next.
         self.flushes += 1
-        """Nothing is cached from one trap to the next."""
 
     def forget_code(self, begin: int, end: int) -> None:
         # The library translates the addresses by the current tables; without paging they are machine addresses.
@@ -277,6 +178,11 @@ class PortableCpu:
         return code.endswith((bytes((0xCD, vector)), _SHORT_INTERRUPTS.get(vector, b"\xcd\x03")))
 
     def _collect(self, state: PortableState) -> None:
+        if not state.cpl:
+            read = self._engine.uc.reg_read
+            _selector, base, limit, _flags = read(x86.UC_X86_REG_GDTR)
+            state.gdt = base, limit
+            state.system = [read(number) for number in _SYSTEM]
         slots = zip(_INTEGER, self._integer.read_integers(), strict=True)
         values = dict(slots)
         selectors = {name: values[name] & 0xFFFF for name in SEGMENTS}
@@ -305,18 +211,27 @@ class PortableCpu:
         engine.write("cr0", CR0)
         engine.write("cr0", CR0 & ~_PAGING)  # a change of paging empties the TLB
         self._floating.write(state.floating)
-        if state.cpl:
-            self._change_ring(state)
+        if state.cpl or state.caches["cs"].selector >= 4:
+            self._load_code_segment(state)
+        if not state.cpl and state.caches["ss"].selector >= 4:
+            self._load_segment("ss", state.caches["ss"])
         for name in ("es", "ds", "fs", "gs"):
-            self._load_data_segment(name, state.caches[name])
+            self._load_segment(name, state.caches[name])
         for name in (*GENERAL, "eflags", "cr2"):
             engine.write(name, getattr(state, name))
         self._write_gdt(*state.gdt)
-        set_paging(engine, state.mode)
-        engine.write("cr0", CR0)
+        self._write_system(state)
         engine.write_cr3(state.cr3)
 
-    def _change_ring(self, state: PortableState) -> None:
+    def _write_system(self, state: PortableState) -> None:
+        for number, value in zip(_SYSTEM, state.system, strict=False):
+            self._engine.uc.reg_write(number, value)
+        if not state.system:
+            set_paging(self._engine, state.mode)
+            self._engine.write("cr0", CR0)
+
+    def _load_code_segment(self, state: PortableState) -> None:
+        """Load CS, and with it the ring and, outside ring 0, SS."""
         code, stack = state.caches["cs"], state.caches["ss"]
         self._describe(code)
         self._describe(stack)
@@ -335,7 +250,7 @@ class PortableCpu:
                 f"{code.selector:#x} and {stack.selector:#x}, which raise exception {self._vector}"
             )
 
-    def _load_data_segment(self, name: str, cache: Segment) -> None:
+    def _load_segment(self, name: str, cache: Segment) -> None:
         self._describe(cache)
         try:
             self._engine.write(name, cache.selector)

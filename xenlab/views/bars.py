@@ -55,7 +55,7 @@ class BarsView(Picture):
 
     def svg(self) -> str:
         canvas = Canvas(
-            self.title, f"in {self.unit}; filled: here" + ("; outlined: the paper" if self.reference else "")
+            self.title, f"in {self.unit}" + ("; filled: here; outlined: the paper" if self.reference else "")
         )
         longest = max((*self.values, *(self.reference or ())), default=0) or 1
         scale = (WIDTH - _BAR_X - _VALUE_WIDTH) / longest

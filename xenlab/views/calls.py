@@ -16,7 +16,7 @@ from xenlab.views.canvas import WIDTH, Canvas, clip
 from xenlab.views.code import CodeLine, CodeReader
 from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, domain_colour
 from xenlab.views.picture import Picture, table
-from xenlab.views.story import Step, describe, last_steps, owner_of, site
+from xenlab.views.story import Step, answer_text, describe, last_steps, owner_of, site
 
 _LANES = {3: 218.0, 1: 320.0, 0: 422.0}
 _HEADS = {3: ("application", APPLICATION), 1: ("guest kernel", KERNEL), 0: ("hypervisor", HYPERVISOR)}
@@ -132,7 +132,7 @@ def _values(step: Step) -> tuple[tuple[str, str], ...]:
             rows.append((name, f"{value:08x}"))
         else:
             rows.append((name, str(value)))
-    return (*rows, ("result", str(step.result))) if step.result is not None else tuple(rows)
+    return (*rows, ("result", answer_text(step.result))) if step.result is not None else tuple(rows)
 
 
 def _detail_text(detail: Detail) -> str:
@@ -165,16 +165,16 @@ def _draw_detail(canvas: Canvas, detail: Detail, top: float) -> None:
     canvas.rect(16, top, WIDTH - 32, _DETAIL_HEIGHT, "soft", rx="6")
     canvas.text(28, top + 21, clip(detail.headline, 108), "m b")
     for place, (name, value) in enumerate(detail.values):
-        x, y = 28 + 172 * (place % 2), top + 44 + 18 * (place // 2)
+        x, y = 28 + 150 * (place % 2), top + 44 + 18 * (place // 2)
         canvas.text(x, y, name, "m d")
-        canvas.text(x + 62, y, clip(value, 14), "m")
+        canvas.text(x + 60, y, clip(value, 12), "m")
     for place, line in enumerate(detail.code):
-        _draw_code(canvas, line, 388, top + 44 + 18 * place)
+        _draw_code(canvas, line, 340, top + 44 + 18 * place)
 
 
 def _draw_code(canvas: Canvas, line: CodeLine, x: float, y: float) -> None:
     style = "m b" if line.here else "m"
     canvas.text(x, y, "▶" if line.here else "", "m b")
     canvas.text(x + 16, y, f"{line.address:08x}", "m d")
-    canvas.text(x + 86, y, clip(line.text, 30), style)
-    canvas.text(x + 306, y, clip(line.source or line.label, 22), "m d s")
+    canvas.text(x + 86, y, clip(line.text, 31), style)
+    canvas.text(x + 314, y, clip(line.source or line.label, 30), "m d s")

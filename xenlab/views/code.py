@@ -7,6 +7,7 @@ an instruction starts, and is believed only if it arrives at the address exactly
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from xenlab.machine.disassembler import Instruction
 
 _REACH, _AHEAD = 160, 64
+_LABEL = re.compile(r"^([\w.$]+:)\s+")
 
 
 @dataclass(frozen=True, slots=True)
 class CodeLine:
     """One instruction: address, its bytes in hexadecimal, its text, its place by name, whether it is the one asked for.
 
-    ``source`` is the line of the assembly source that it came from, where that is known.
+    ``source`` is the line of the assembly source whose bytes begin here, where that is known.
     """
 
     address: int
@@ -100,13 +102,17 @@ class CodeReader:
     def _line(self, domid: int, item: Instruction, here: bool) -> CodeLine:
         label = symbol(self._xen.domains.get(domid), item.address)
         listing = self._listings.get(domid)
-        number = listing[0].line_at(item.address) if listing else None
-        source = f"{number}: {listing[1][number - 1].strip()}" if listing and number else ""
+        number = listing[1].get(item.address) if listing else None
+        source = f"{number}: {listing[2][number - 1]}" if listing and number else ""
         return CodeLine(item.address, item.raw.hex(" "), item.text, label, here, source)
 
 
-def _listing(source: str) -> tuple[Program, list[str]]:
+def _listing(source: str) -> tuple[Program, dict[int, int], list[str]]:
+    """The assembled source, line numbers by address, and the lines without comments, for which there is no room."""
     from xenlab.machine.assembler import assemble
+    from xenlab.machine.assembler_source import split_lines
     from xenlab.toolstack.image import SOURCE_CODE, abi_symbols
 
-    return assemble(source, SOURCE_CODE, symbols=abi_symbols()), source.split("\n")
+    lines = [_LABEL.sub(r"\1 ", line.kept.strip()) for line in split_lines(source)]
+    program = assemble(source, SOURCE_CODE, symbols=abi_symbols())
+    return program, dict(program.lines), lines

@@ -162,10 +162,16 @@ def _card(canvas: Canvas, row: DomainRow, top: float) -> float:
     canvas.text(26, top + 45, clip(row.place, 26), "m d s")
     canvas.text(356, top + 45, f"{row.instructions} instructions", "d s", anchor="end")
     canvas.rect(_SCREEN_X, top + 5, _SCREEN_WIDTH - 6, height - 10, "soft", rx="4")
-    for place, line in enumerate(lines):
-        text = clip(line, int((_SCREEN_WIDTH - 20) / MONO_WIDTH))
-        canvas.text(_SCREEN_X + 8, top + 21 + 17 * place, text, "m" if row.console else "m d")
+    for place, line in enumerate(_wrapped(lines)):
+        canvas.text(_SCREEN_X + 8, top + 21 + 17 * place, line, "m" if row.console else "m d")
     return top + height
+
+
+def _wrapped(lines: tuple[str, ...]) -> list[str]:
+    """The last lines as a screen shows them: a long one goes on in the next."""
+    width = int((_SCREEN_WIDTH - 20) / MONO_WIDTH)
+    parts = [line[at : at + width] for line in lines for at in range(0, max(len(line), 1), width)]
+    return parts[-_LINES:]
 
 
 def _fill(owner: int) -> dict[str, str]:

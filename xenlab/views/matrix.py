@@ -116,7 +116,7 @@ class InstructionMatrix(Picture):
 
     def _summary(self) -> str:
         holes = sum(row.is_hole for row in self.rows)
-        return f"{len(self.rows)} instructions executed, {holes} sensitive ones do not trap"
+        return f"{len(self.rows)} instructions executed; sensitive without a trap: {holes}"
 
 
 def _verdict(row: InstructionRow) -> str:

@@ -14,7 +14,7 @@ from xenlab.views.picture import Picture, table
 from xenlab.views.story import flag_names
 
 _SEGMENTS = ("cs", "ss", "ds", "es")
-_LINE, _CODE_X = 20, 336
+_LINE, _CODE_X = 20, 308
 
 
 class RegistersView(Picture):
@@ -72,9 +72,9 @@ class RegistersView(Picture):
             canvas.text(16, 60, "No domain yet.", "d")
             return canvas.render(80)
         canvas = Canvas(self.title, self._summary(vcpu))
-        canvas.rect(16, 42, 300, 10 + 7 * _LINE + 26, "soft", rx="6")
+        canvas.rect(16, 42, 276, 10 + 7 * _LINE + 26, "soft", rx="6")
         for place, (name, value) in enumerate(self.values(vcpu)):
-            x, y = 28 + 148 * (place // 7), 62 + _LINE * (place % 7)
+            x, y = 28 + 134 * (place // 7), 62 + _LINE * (place % 7)
             canvas.text(x, y, name, "m d")
             canvas.text(x + 56, y, f"{value:08x}", "m")
         canvas.text(28, 62 + _LINE * 7 + 4, "flags " + flag_names(vcpu.state.eflags), "m")
@@ -93,7 +93,7 @@ def _draw_code(canvas: Canvas, lines: list[CodeLine], colour: str) -> None:
             canvas.rect(_CODE_X - 6, y - 15, WIDTH - _CODE_X - 10, _LINE, fill=colour, rx="3")
         ink = "k" if line.here else ""
         canvas.text(_CODE_X, y, f"{'▶' if line.here else ' '} {line.address:08x}", f"m {ink or 'd'}")
-        canvas.text(_CODE_X + 96, y, clip(line.text, 33), f"m b {ink}" if line.here else "m")
-        canvas.text(_CODE_X + 340, y, clip(line.source or line.label, 27), f"m s {ink or 'd'}")
+        canvas.text(_CODE_X + 90, y, clip(line.text, 31), f"m b {ink}" if line.here else "m")
+        canvas.text(_CODE_X + 322, y, clip(line.source or line.label, 35), f"m s {ink or 'd'}")
     if not lines:
         canvas.text(_CODE_X, 62, "No code can be read at EIP.", "d")

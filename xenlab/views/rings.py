@@ -81,7 +81,7 @@ class RingsView(Picture):
         for event, words in frames:
             bottom = _draw_frame(canvas, event, words, bottom)
         # As high as it can become, so that nothing below moves while the run plays.
-        return canvas.render(max(top + _FRAME_HEIGHT * self._frames, 440))
+        return canvas.render(max(top + _FRAME_HEIGHT * self._frames, 460))
 
     def _summary(self) -> str:
         found = self.position()

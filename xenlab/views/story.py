@@ -15,27 +15,8 @@ from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind, decode
 from xenlab.machine.cpu import WITH_ERROR_CODE
+from xenlab.machine.vectors import vector_name
 
-EXCEPTIONS = {
-    0: "#DE divide error",
-    1: "#DB debug",
-    2: "NMI",
-    3: "#BP breakpoint",
-    4: "#OF overflow",
-    5: "#BR bound",
-    6: "#UD invalid opcode",
-    7: "#NM no device",
-    8: "#DF double fault",
-    10: "#TS invalid TSS",
-    11: "#NP not present",
-    12: "#SS stack fault",
-    13: "#GP protection",
-    14: "#PF page fault",
-    16: "#MF floating point",
-    17: "#AC alignment",
-    18: "#MC machine check",
-    19: "#XM SIMD",
-}
 _HYPERCALLS = {call.value: call.name for call in Hypercall}
 # Nobody reads further back in a picture, and copying a whole trace costs milliseconds.
 _SCANNED = 4096
@@ -49,11 +30,6 @@ _ARGUMENTS: dict[int, int] = {
     Hypercall.sched_op: 2,
     Hypercall.iret: 0,
 }
-
-
-def vector_name(vector: int) -> str:
-    """``#GP protection`` for 13, ``int 0x80`` for a vector that only software raises."""
-    return EXCEPTIONS.get(vector, f"int {vector:#x}")
 
 
 def hypercall_name(number: int) -> str:
@@ -102,6 +78,8 @@ def last_steps(xen: Hypervisor, count: int) -> list[Step]:
         if event.kind is Kind.RETURN:
             returned[event.domain] = event.result
             continue
+        if _ends(event):
+            returned.pop(event.domain, None)
         result = returned.pop(event.domain, None) if event.kind is Kind.HYPERCALL else None
         steps.append(Step(key, event, result))
         if len(steps) == count:
@@ -127,12 +105,20 @@ def last_moves(xen: Hypervisor, count: int) -> list[Move]:
         found.append(event)
         if len(found) > 4 * count:
             break
+    ended = {(event.time, event.domain) for event in found if _ends(event)}
     moves: list[Move] = []
     ring = 1
     for event in reversed(found):
+        if event.kind is Kind.RETURN and (event.time, event.domain) in ended:
+            continue
         ring, new = _moves_of(event, ring)
         moves += new
     return moves[-count:]
+
+
+def _ends(event: Event) -> bool:
+    """A domain ended; from the call by which it did, it does not come back."""
+    return event.kind is Kind.DOMAIN and event.change.startswith("ended")
 
 
 def _moves_of(event: Event, ring: int) -> tuple[int, list[Move]]:
@@ -241,11 +227,13 @@ def describe(xen: Hypervisor, step: Step) -> str:
         case Kind.DELIVER:
             return f"frame for {short_vector(values['vector'])}, on to {_place(xen, event, values['handler'])}"
         case Kind.EMULATE:
-            return "emulated: " + ", ".join(f"{name}={value:#x}" for name, value in values["changes"] if name != "eip")
+            changes = ", ".join(f"{name}={value:#x}" for name, value in values["changes"] if name != "eip")
+            return f"emulated: {changes or 'no register but EIP changed'}"
         case Kind.IRET:
             return f"iret to ring {values['to_ring']} at {_place(xen, event, values['eip'])}"
         case Kind.SWITCH:
-            return f"switch to {who(xen, values['to_vcpu'])} for {values['slice']:,} instructions"
+            slice_text = f" for {values['slice']:,} instructions" if values["slice"] else ""
+            return f"switch to {who(xen, values['to_vcpu'])}{slice_text}"
         case Kind.CONSOLE:
             return "console: " + bytes(values["data"]).decode("utf-8", "backslashreplace")
     return f"{event.kind.name.lower()}: " + " ".join(str(value) for value in values.values())
@@ -255,14 +243,14 @@ def _call_text(values: dict[str, Any], result: int | None) -> str:
     _eax, ecx, edx, ebx, *_rest = values["registers"]
     number = values["number"]
     arguments = ", ".join(f"{word:#x}" for word in (ebx, ecx, edx)[: _ARGUMENTS.get(number, 3)])
-    answer = "" if result is None else f" = {_answer(result)}"
+    answer = "" if result is None else f" = {answer_text(result)}"
     return f"{hypercall_name(number)}({arguments}){answer}"
 
 
-def _answer(result: int) -> str:
-    """``-EFAULT`` for -14."""
+def answer_text(result: int) -> str:
+    """``-EFAULT`` for -14, ``0x40011`` for 262161: an answer as the lessons write it."""
     failed = -result if result < 0 else 0
-    return f"-{Errno(failed).name}" if failed in _ERRNOS else str(result)
+    return f"-{Errno(failed).name}" if failed in _ERRNOS else str(result) if -10 < result < 10 else f"{result:#x}"
 
 
 def _place(xen: Hypervisor, event: Event, address: int) -> str:
