@@ -10,10 +10,11 @@ from math import cos, pi, sin
 
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.trace import Event, Kind
+from xenlab.machine.vectors import vector_name
 from xenlab.views.canvas import Canvas, clip
 from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, RING_COLOURS, RING_NAMES
 from xenlab.views.picture import Picture, table
-from xenlab.views.story import FrameWord, Move, frame_words, last_moves, newest_first, symbol, vector_name
+from xenlab.views.story import FrameWord, Move, frame_words, last_moves, newest_first, symbol
 
 _CENTRE = (196.0, 244.0)
 _RADII = {3: 180.0, 2: 132.0, 1: 112.0, 0: 58.0}
