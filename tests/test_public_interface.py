@@ -9,7 +9,7 @@ import pytest
 
 import xenlab
 
-HEAVY = ("plotly", "capstone", "ipywidgets", "llvmlite", "numpy", "nbformat", "elftools", "unicorn")
+HEAVY = ("plotly", "capstone", "ipywidgets", "ziglang", "numpy", "nbformat", "elftools", "unicorn")
 
 
 def loaded_after(code: str) -> set[str]:

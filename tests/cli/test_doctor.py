@@ -23,7 +23,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"unicorn", "capstone", "numpy", "plotly", "ipywidgets", "nbclient", "jupyterlab", "llvmlite", "elftools"}
+heavy = {"unicorn", "capstone", "numpy", "plotly", "ipywidgets", "nbclient", "jupyterlab", "ziglang", "elftools"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
@@ -68,11 +68,13 @@ def test_extras_are_not_asked_for(installed: None) -> None:
     assert [finding.subject for finding in doctor.dependencies()] == ["Python", "rich"]
 
 
-def test_what_is_optional_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+@pytest.mark.parametrize(("system", "limits"), [("linux", "limits on time and memory"), ("win32", "a time limit")])
+def test_grading_is_a_note_that_promises_no_sandbox(monkeypatch: pytest.MonkeyPatch, system: str, limits: str) -> None:
+    monkeypatch.setattr(sys, "platform", system)
     finding = doctor.sandbox()
     assert finding.verdict == "note"
-    assert "untrusted" in finding.line()
+    assert f"a process of its own with {limits}. Results are marked untrusted" in finding.line()
+    assert "not used yet" in finding.line()
 
 
 def test_a_broken_package_is_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch, installed: None) -> None:

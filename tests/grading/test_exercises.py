@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from xenlab.grading import exercise
 from xenlab.grading.judge import grade
+from xenlab.grading.lessons import lesson
 from xenlab.grading.report import Report
 
 NUMBERS = ("00", "01", "02", "03")
@@ -32,7 +36,7 @@ class MyEmulator:
         rules = exercise.parameters
         if code[:2] == b"\\x0f\\x31":
             time = system["tsc"] * rules["factor"] + rules["offset"]
-            return {"eax": time & 0xFFFFFFFF, "edx": time >> 32, "eip": registers["eip"] + 2}
+            return {"eax": time & 0xFFFFFFFF, "edx": time >> 32 & 0xFFFFFFFF, "eip": registers["eip"] + 2}
         if code[:3] == b"\\x0f\\x20\\xe0":
             return {"eax": system["cr4"], "eip": registers["eip"] + 3}
         return None
@@ -70,6 +74,14 @@ def test_half_right_00_prints_one_line_and_crashes(judged: Grade) -> None:
     assert "no handler registered" in messages(report)
 
 
+def test_empty_console_00_is_not_called_right(judged: Grade, solution: Callable[[str], str]) -> None:
+    said = messages(judged("00", 'source = "start: hlt"'))
+    assert "nothing was written; " in said
+    assert "is right" not in said
+    short = messages(judged("00", solution("00").replace("dec esi", "mov esi, 0\n        test esi, esi")))
+    assert "what was written is right but not all" in short
+
+
 def test_wrong_line_00_names_the_first_wrong_call(judged: Grade, solution: Callable[[str], str]) -> None:
     backwards = solution("00").replace('"inc" if', '"dec" if').replace('else "dec"', 'else "inc"')
     report = judged("00", backwards)
@@ -98,11 +110,46 @@ classification[silent[0]] = "harmless"
 proofs[silent[1]] = "mov eax, cs"
 """
     report = judged("01", solution("01") + spoil)
-    assert points(report)["01.1"] == 1
-    assert points(report)["01.2"] == points(report)["01.3"] == 0
+    assert points(report)["01.1"] == points(report)["01.3"] == 1
+    assert points(report)["01.2"] == 0
     assert 0 < points(report)["01.4"] < 6
     assert "in ring 1 it raised nothing" in messages(report)
     assert "does not contain the instruction" in messages(report)
+
+
+def called(kind: str, other: str, count: int) -> str:
+    """Code that calls the first instructions of one class by another."""
+    wrong = f"[name for name, found in classification.items() if found == {kind!r}][:{count}]"
+    return f"\nclassification.update(dict.fromkeys({wrong}, {other!r}))"
+
+
+@pytest.mark.parametrize(("kind", "check"), [("traps", "01.1"), ("silent", "01.2"), ("harmless", "01.3")])
+def test_one_wrong_class_01_costs_in_one_check(
+    judged: Grade, solution: Callable[[str], str], kind: str, check: str
+) -> None:
+    full = points(judged("01", student="ada"))
+    for other in {"traps", "silent", "harmless"} - {kind}:
+        report = judged("01", solution("01") + called(kind, other, 1), "ada")
+        assert points(report) == full | {check: 0}, report.text()
+
+
+def test_several_wrong_classes_01_cost_where_they_are_named_too(judged: Grade, solution: Callable[[str], str]) -> None:
+    report = judged("01", solution("01") + called("silent", "harmless", 2), "ada")
+    assert (points(report)["01.2"], points(report)["01.3"]) == (0, 0)
+    assert "2 others are called 'harmless' too" in messages(report)
+
+
+def test_missing_proof_01_of_a_wrong_class_says_why_it_is_asked_for(
+    judged: Grade, solution: Callable[[str], str]
+) -> None:
+    forget = """
+name = next(name for name, kind in classification.items() if kind == "silent")
+classification[name] = "harmless"
+del proofs[name]
+"""
+    report = judged("01", solution("01") + forget)
+    assert points(report)["01.3"] == 1
+    assert "counts by itself, besides its class in 01.2" in messages(report)
 
 
 @pytest.mark.parametrize("kind", ["traps", "silent", "harmless"])
@@ -128,6 +175,56 @@ def test_half_right_02_has_the_clock_only(judged: Grade) -> None:
     assert "first wrong step: instruction" in messages(report)
     assert "mov eax, cr4" in messages(report)
     assert "expected eax" in messages(report)
+
+
+RING = ('if system["ring"] != 1:', "if False:")
+MASK = ('value & ~RULES["cr4_allowed"] == 0', "True")
+WRAP = (">> 32 & 0xFFFFFFFF", ">> 32")
+OMISSIONS = {"ring": (RING,), "mask": (MASK,), "wrap": (WRAP,), "all": (RING, MASK, WRAP)}
+LEFT_02 = {
+    "ring": {"02.1": 3, "02.2": 2, "02.3": 1, "02.4": 2},
+    "mask": {"02.1": 3, "02.2": 2, "02.3": 1, "02.4": 2},
+    "wrap": {"02.1": 2, "02.2": 2, "02.3": 1, "02.4": 4},
+    "all": {"02.1": 2, "02.2": 2, "02.3": 1, "02.4": 0},
+}
+SEEN_02 = {
+    "ring": ("guest 'application-cr4'", "guest 'application-register'"),
+    "mask": ("guest 'greedy'", "guest 'one-bit-too-many'"),
+    "wrap": ("guest 'time-wraps'", "the new edx must be a whole number of 32 bits, found 4294967296"),
+    "all": ("guest 'time-wraps'", "and 2 more like these"),
+}
+
+
+@pytest.mark.parametrize("student", ["", "ada", "grace"])
+@pytest.mark.parametrize("omitted", OMISSIONS)
+def test_each_omitted_rule_of_02_costs(
+    judged: Grade, solution: Callable[[str], str], omitted: str, student: str
+) -> None:
+    answer = solution("02")
+    for there, instead in OMISSIONS[omitted]:
+        assert there in answer
+        answer = answer.replace(there, instead)
+    report = judged("02", answer, student)
+    assert points(report) == LEFT_02[omitted], report.text()
+    for seen in SEEN_02[omitted]:
+        assert seen in messages(report)
+
+
+@given(st.integers(0, (1 << 32) - 1))
+def test_time_of_02_wraps_while_the_guest_waits_and_not_before(seed: int) -> None:
+    made = lesson("02", seed)
+    factor, offset = made.parameters["factor"], made.parameters["offset"]
+    # The wait takes five instructions 4500 times; the guests of the self-checks have read the clock long before 100.
+    assert 100 * factor + offset < 1 << 64 <= 5 * 4500 * factor + offset
+
+
+@pytest.mark.parametrize("omitted", ["ring", "wrap"])
+def test_self_checks_of_02_do_not_give_all_away(solution: Callable[[str], str], omitted: str) -> None:
+    ((there, instead),) = OMISSIONS[omitted]
+    namespace = {"exercise": exercise("02", "ada")}
+    exec(solution("02").replace(there, instead), namespace)
+    for check in ("02.1", "02.2", "02.3", "02.4"):
+        assert namespace["exercise"].check(check, namespace["MyEmulator"])
 
 
 OURS = "from xenlab.hypervisor.emulate import PrivilegedInstructions as MyEmulator"
@@ -167,6 +264,16 @@ def test_report_has_the_promised_json(judged: Grade) -> None:
     assert [list(check) for check in report["checks"]] == [["id", "points", "max_points", "message"]] * 3
     assert report["lesson"] == "03"
     assert report["seed"] == 4260250381
+
+
+def test_report_without_a_student_says_so_in_its_text_only(judged: Grade, tmp_path: Path) -> None:
+    nobody, ada = judged("00"), judged("00", student="ada")
+    assert "no student id: judged against the instance of seed 0" in nobody.text()
+    assert "no student id" not in ada.text()
+    assert "no student id" not in json.dumps(nobody.to_json())
+    assert (nobody.error, nobody.seed) == (None, 0)
+    (unread,) = grade([tmp_path / "00-gone.ipynb"])
+    assert "no student id" not in unread.text()
 
 
 def test_two_workers_give_the_same_reports_in_order(repository: Path) -> None:

@@ -60,6 +60,12 @@ def test_points_add_up_to_ten(number: str) -> None:
     assert sum(plan.points for plan in lesson(number, 0).plan) == 10
 
 
+def test_task_without_a_student_says_that_it_is_everybodys() -> None:
+    for shown in (repr(exercise("02")), exercise("02", "  ")._repr_markdown_()):
+        assert "`student` is empty, so this is the instance of seed 0" in shown
+    assert "`student` is empty" not in repr(exercise("02", "ada")) + exercise("02", "ada")._repr_markdown_()
+
+
 def test_unknown_exercise_is_named() -> None:
     with pytest.raises(XenlabError, match="exercise '47'"):
         exercise("47")

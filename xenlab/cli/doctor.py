@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ _GUEST = """
 again: jmp again
 message: .ascii "ok"
 """
-_PROBE_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +125,7 @@ def unicorn_layout() -> Finding:
 
 
 def assembler() -> Finding:
-    """Whether the helper process assembles."""
+    """Whether a line can be assembled."""
     from xenlab.machine.assembler import assemble
 
     code = assemble("nop").code
@@ -190,24 +187,11 @@ def course() -> Finding:
 
 
 def sandbox() -> Finding:
-    """What there is to keep a submission apart while it is graded."""
-    means = [name for name, command in _SANDBOXES.items() if _runs(command)]
-    advice = "" if means else "Grading works, but calls its results untrusted. On Linux, install bubblewrap"
-    return Finding("sandbox for grading", ", ".join(means) or "none works here", advice, needed=False)
-
-
-_SANDBOXES = {
-    "bubblewrap": ("bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"),
-    "user namespaces": ("unshare", "--user", "--map-root-user", "--net", "true"),
-}
-
-
-def _runs(command: tuple[str, ...]) -> bool:
-    program = shutil.which(command[0])
-    if sys.platform != "linux" or program is None:
-        return False
-    try:
-        run = subprocess.run([program, *command[1:]], capture_output=True, check=False, timeout=_PROBE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return run.returncode == 0
+    """What keeps a submission apart while it is graded: today, on every system, less than a sandbox."""
+    limits = "a time limit" if sys.platform == "win32" else "limits on time and memory"
+    return Finding(
+        "grading",
+        f"each submission runs in a process of its own with {limits}",
+        "Results are marked untrusted: a namespace sandbox is not used yet",
+        needed=False,
+    )

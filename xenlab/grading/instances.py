@@ -17,12 +17,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _SEED_BYTES, _DRAW_BYTES = 4, 8
+NO_STUDENT_SEED = 0
 
 
 def seed_of(student: str) -> int:
     """The seed of a student's id: 0 for an empty one, else 32 bits of its hash."""
     name = student.strip()
-    return int.from_bytes(sha256(name.encode()).digest()[:_SEED_BYTES], "big") if name else 0
+    return int.from_bytes(sha256(name.encode()).digest()[:_SEED_BYTES], "big") if name else NO_STUDENT_SEED
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from xenlab.grading.instances import NO_STUDENT_SEED
+
+NO_STUDENT = "no student id: judged against the instance of seed 0, the one of an empty `student`"
 UNTRUSTED = (
     "untrusted: the student's code ran in a process with limits on time and memory, but without a sandbox; "
     "it could read files and the network"
@@ -77,6 +80,8 @@ class Report:
     def text(self) -> str:
         """The report for people, several lines."""
         lines = [f"{self.submission}: exercise {self.lesson or '?'}, seed {self.seed}: {self.score}/{self.max_score}"]
+        if self.checks and self.seed == NO_STUDENT_SEED:
+            lines.append(f"  {NO_STUDENT}")
         if self.error:
             lines.append(f"  error: {self.error}")
         for check in self.checks:

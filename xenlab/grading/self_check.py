@@ -12,9 +12,14 @@ from typing import Any
 
 from xenlab.errors import XenlabError
 from xenlab.grading.guests import image_from_source, record, replay
-from xenlab.grading.instances import seed_of
+from xenlab.grading.instances import NO_STUDENT_SEED, seed_of
 from xenlab.grading.lessons import Lesson, lesson
 from xenlab.grading.lessons.base import Finding, Plan, told
+
+_NO_STUDENT = (
+    "`student` is empty, so this is the instance of seed 0, the same for everybody. "
+    "Fill in your id and run the cells again: your own instance is another one.\n\n"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +49,14 @@ class Exercise:
         self.parameters = dict(lesson.parameters)
 
     def __repr__(self) -> str:
-        return f"Exercise {self._lesson.number}: {self._lesson.title} (seed {self.seed})\n\n{self._lesson.task()}"
+        return f"Exercise {self._lesson.number}: {self._lesson.title} (seed {self.seed})\n\n{self._task()}"
 
     def _repr_markdown_(self) -> str:
-        return f"**Exercise {self._lesson.number}** · seed {self.seed}\n\n{self._lesson.task()}"
+        return f"**Exercise {self._lesson.number}** · seed {self.seed}\n\n{self._task()}"
+
+    def _task(self) -> str:
+        """The task in words, as Markdown; without a student's id it begins by saying so."""
+        return (_NO_STUDENT if self.seed == NO_STUDENT_SEED else "") + self._lesson.task()
 
     def check(self, check: str, *answers: Any) -> SelfCheck:
         """Try an answer on the guests of one self-check.

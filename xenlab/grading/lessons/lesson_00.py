@@ -113,8 +113,8 @@ class PrintItsName:
                 )
                 wrong = f"wrong from byte {at} on: expected {whole[at:][:24]!r}, found {shown[at:][:24]!r}"
                 return f"{_at(done, event)}\n{wrong}"
-        refused = self._refused(done)
-        return refused or f"what was written is right but not all; {done.end()}"
+        written = "what was written is right but not all" if shown else "nothing was written"
+        return self._refused(done) or f"{written}; {done.end()}"
 
     def _refused(self, done: Run) -> str:
         for call, answer in zip(done.of(Kind.HYPERCALL), done.of(Kind.RETURN), strict=False):

@@ -39,9 +39,17 @@ class ClassifyAndProve:
     title = "Classify and prove"
     slot = Slot("", ("classification", "proofs"))
     plan = (
-        Plan("01.1", 1, "the instructions called 'traps' are those that trap in ring 1"),
-        Plan("01.2", 2, "the instructions called 'silent' do not trap, and differ between ring 0 and ring 1"),
-        Plan("01.3", 1, "the instructions called 'harmless' do the same in ring 0 and in ring 1"),
+        Plan("01.1", 1, "the instructions that trap in ring 1 are called 'traps', and at most one other is"),
+        Plan(
+            "01.2",
+            2,
+            "the instructions that do not trap but differ between rings are called 'silent', and at most one other is",
+        ),
+        Plan(
+            "01.3",
+            1,
+            "the instructions that do the same in ring 0 and in ring 1 are called 'harmless', and at most one other is",
+        ),
         Plan("01.4", 6, "for each silent instruction a program whose EAX tells the two worlds apart by it"),
     )
 

@@ -54,16 +54,16 @@ class Emulation:
     slot = Slot(EMULATOR, ("MyEmulator",))
     plan = (
         Plan("02.1", 3, "RDTSC gives the guest its own time"),
-        Plan("02.2", 3, "CR4 is read and written as the task says, on the guest's virtual register"),
-        Plan("02.3", 2, "RDMSR gives the one register that the task names"),
-        Plan("02.4", 2, "what the guest may not have is refused and changes nothing", needs="02.1"),
+        Plan("02.2", 2, "CR4 is read and written as the task says, on the guest's virtual register"),
+        Plan("02.3", 1, "RDMSR gives the one register that the task names"),
+        Plan("02.4", 4, "what the guest may not have is refused and changes nothing", needs="02.1"),
     )
 
     def __init__(self, seed: int) -> None:
         choices = Choices(seed, self.number)
         self.factor = choices.pick("factor", (3, 5, 7, 9, 11))
-        # Near the end of 32 bits: a carry into EDX comes while guests run.
-        self.offset = 0xFFFF_0000 + choices.number("offset", 0, 0x4000)
+        # Near the end of 64 bits: the time of a guest that runs long enough begins again at 0.
+        self.offset = 0xFFFF_FFFF_FFFF_0000 + choices.number("offset", 0, 0x4000)
         self.users = choices.pick("users", (True, False))
         self.allowed = sum(choices.sample("allowed", _CR4_BITS, 3))
         self.forbidden = [bit for bit in _CR4_BITS if not bit & self.allowed]
