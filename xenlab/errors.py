@@ -44,6 +44,10 @@ class GuestCrashed(XenlabError):
     """A guest ended by a fault of its own; carries the crash report as text."""
 
 
+class PartError(XenlabError):
+    """A part in one of the hypervisor's slots answered what no part may, or raised; says which, when, and what."""
+
+
 class TimelineError(XenlabError):
     """A run that cannot be taken back: something in it was not recorded or cannot be saved."""
 

@@ -133,9 +133,10 @@ class Session:
         return True
 
     def _show(self) -> None:
-        out = self._guest.console_out
-        if len(out) > self._shown:
-            data, self._shown = bytes(out[self._shown :]), len(out)
+        out, lost = self._guest.console_out, self._guest.console_lost
+        written = lost + len(out)
+        if written > self._shown:
+            data, self._shown = bytes(out[max(0, self._shown - lost) :]), written
             self._screen.write(data)
             self._screen.flush()
 

@@ -17,58 +17,36 @@ is asked and another vCPU's context is loaded before `Cpu` returns into guest co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Shutdown
-from xenlab.errors import HypercallError
+from xenlab.errors import HypercallError, PartError, XenlabError
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
-from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
+from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions, carry_out
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.heap import XEN, FrameHeap
 from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
 from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, reserved_gdt_page
-from xenlab.hypervisor.parts import load_part, save_part
+from xenlab.hypervisor.parts import load_part, save_part, wrong
 from xenlab.hypervisor.report import crash_report
+from xenlab.hypervisor.result import RunResult as RunResult
+from xenlab.hypervisor.result import Stop as Stop
 from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
 from xenlab.hypervisor.services import Services
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery, Undeliverable
-from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, SOFTWARE
 from xenlab.machine.machine import Machine
 from xenlab.machine.paging import PagingMode
 
 _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
-# INT n without prefixes, which do nothing: where they begin cannot be seen from behind.
-_INTERRUPT_BYTES = 2
-_SOFTWARE_INTERRUPT_ERROR = 2  # "the selector is an index into the IDT"
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
-_HYPERCALL, _RETURN, _SWITCH = int(Kind.HYPERCALL), int(Kind.RETURN), int(Kind.SWITCH)
-_REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip", "eflags")
-
-
-class Stop(Enum):
-    """Why `Hypervisor.run` returned."""
-
-    BUDGET = auto()
-    IDLE = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What a run did.
-
-    Attributes:
-        instructions: how many were begun.
-        stop: BUDGET when all were used, IDLE when no vCPU could run any more.
-    """
-
-    instructions: int
-    stop: Stop
+_HYPERCALL, _RETURN, _SWITCH, _RUNNABLE = int(Kind.HYPERCALL), int(Kind.RETURN), int(Kind.SWITCH), RunState.RUNNABLE
+# So many faults at fetching an instruction, with none begun in between, end a guest.
+_TRIPLE = 3
 
 
 class Hypervisor:
@@ -137,8 +115,7 @@ class Hypervisor:
     def run(self, instructions: int) -> RunResult:
         """Run guests for at most so many instructions.
 
-        Returns early when no vCPU can run.  Ctrl-C raises KeyboardInterrupt between two
-        instructions; the machine is whole then, and ``run`` can be called again.
+        Returns early when no vCPU can run.  After Ctrl-C, which raises KeyboardInterrupt, go on with another ``run``.
         """
         start = self.now
         end = start + instructions
@@ -201,7 +178,7 @@ class Hypervisor:
             values = vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3
             self.record(Kind.TRAP, vcpu.domid, *values)
         if error == SOFTWARE:
-            vector, error = self._software_interrupt(vcpu, vector)
+            vector, error = self.traps.software_interrupt(vcpu, vector)
         elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
             return
         try:
@@ -211,31 +188,16 @@ class Hypervisor:
             return
         if self.trace is not None:
             self.record(Kind.DELIVER, vcpu.domid, vector, *done)
-
-    def _software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:
-        """``int n``: through the guest's gate if its privilege allows, else #GP at the instruction."""
-        gate = vcpu.traps[vector]
-        # Xen's own gates for these two are open to every ring, and it asks no further.
-        allowed = vector in (BREAKPOINT, OVERFLOW) or (gate is not None and gate.dpl >= vcpu.state.cpl)
-        if allowed:
-            return vector, SOFTWARE
-        vcpu.state.eip = vcpu.state.eip - _INTERRUPT_BYTES & _U32
-        return PROTECTION, vector << 3 | _SOFTWARE_INTERRUPT_ERROR
+        # A handler that cannot be fetched either would fault for ever while no time passes.
+        if address and address == done[4][1] and vcpu.fetch_fault(self.now) == _TRIPLE:
+            self.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _emulate(self, vcpu: Vcpu) -> bool:
-        state = vcpu.state
-        code = self.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION)
-        registers = {name: getattr(state, name) for name in _REGISTERS}
-        system = vcpu.control | {"ring": state.cpl, "iopl": 0, "tsc": self.now, "cr3": state.cr3}
-        changes = self.emulator.emulate(code, registers, system)
+        code, eip = self.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION), vcpu.state.eip
+        changes = carry_out(self.emulator, vcpu, code, self.now) if code else None
         if changes is None:
             return False
-        for name, value in changes.items():
-            if name in registers:
-                setattr(state, name, value & _U32)
-            elif name in vcpu.control:
-                vcpu.control[name] = value & _U32
-        self.record(Kind.EMULATE, vcpu.domain.domid, code, registers["eip"], tuple(sorted(changes.items())))
+        self.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
         return True
 
     def reschedule(self) -> None:
@@ -273,32 +235,57 @@ class Hypervisor:
 
     def _make_runnable(self, vcpu: Vcpu) -> None:
         vcpu.run_state = RunState.RUNNABLE
-        self.scheduler.wake(vcpu.key, self.now)
         self.reschedule()
+        self._tell_scheduler(self.scheduler.wake, vcpu)
 
     def _sleep(self, vcpu: Vcpu, run_state: RunState) -> None:
-        if vcpu.run_state is RunState.RUNNABLE:
-            self.scheduler.sleep(vcpu.key, self.now)
-        vcpu.run_state = run_state
+        before, vcpu.run_state = vcpu.run_state, run_state
         self.reschedule()
+        if before is RunState.RUNNABLE:
+            self._tell_scheduler(self.scheduler.sleep, vcpu)
+
+    def _tell_scheduler(self, news: Callable[[int, int], None], vcpu: Vcpu) -> None:
+        try:
+            news(vcpu.key, self.now)
+        except XenlabError:
+            raise
+        except Exception as problem:
+            told = f"told that vCPU {vcpu.key} is {vcpu.run_state.name.lower()}"
+            raise wrong(self.scheduler, told, "no exception", problem) from problem
 
     def _switch(self) -> None:
         """Ask the scheduler and make its choice the running vCPU."""
-        self._pick_needed = False
-        now = self.cpu.instructions
-        picked, before = self.scheduler.pick(now), self.current
-        if picked is None:
-            self.current = None
+        now, before = self.cpu.instructions, self.current
+        picked = chosen = None
+        try:
+            picked = self.scheduler.pick(now)
+            if picked is not None:
+                key, length = picked
+                chosen, end = self._vcpus[key], now + length
+        except XenlabError:
+            raise
+        except Exception as problem:
+            raise self._wrong_pick(picked or problem) from problem
+        if chosen is None:
+            if any(vcpu.run_state is _RUNNABLE for vcpu in self._vcpus.values()):
+                raise self._wrong_pick(None)
             self.cpu.stop()
+        elif chosen.run_state is not _RUNNABLE or type(end) is not int or end <= now:
+            raise self._wrong_pick(picked)
         else:
-            self._slice_end = now + picked[1]
-            self.cpu.deadline = self._slice_end
-            self.current = self._vcpus[picked[0]]
-            if self.current is not before:
-                self.cpu.load(self.current.state)
-        if self.trace is not None and self.current is not before:
+            self._slice_end = self.cpu.deadline = end
+            if chosen is not before:
+                self.cpu.load(chosen.state)
+        self._pick_needed = False
+        self.current = chosen
+        if self._trace is not None and chosen is not before:
             to, length = picked or (-1, 0)
-            self.trace.record((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
+            self._trace.record((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
+
+    def _wrong_pick(self, found: object) -> PartError:
+        runnable = [vcpu.key for vcpu in self._vcpus.values() if vcpu.run_state is _RUNNABLE]
+        expected = f"(vCPU, instructions above 0) with a vCPU of {runnable}, or None if that is empty"
+        return wrong(self.scheduler, f"pick at instruction {self.now}", expected, found)
 
     def add_domain(self, domain: Domain) -> None:
         """Take over a domain that the toolstack built; it starts paused."""
@@ -339,6 +326,11 @@ class Hypervisor:
         self.record(Kind.CRASH, vcpu.domain.domid, reason)
         vcpu.domain.report = crash_report(self, vcpu, reason)
         self.shut_down(vcpu.domain, Shutdown.CRASH)
+
+    def forget_caches(self) -> None:
+        """Empty what the CPU caches of the guests' memory: what a machine that was put back does not have."""
+        self.guest_memory.forget_written()
+        self.cpu.flush_tlb()
 
     def free_domid(self) -> int:
         """The lowest domain id that is not in use."""

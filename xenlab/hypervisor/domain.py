@@ -21,6 +21,7 @@ from xenlab.machine.state import CpuState, Segment
 VECTORS = 256
 # A vCPU's key is its domain's id times this, plus its number in the domain.
 VCPUS_PER_DOMAIN = 32
+CONSOLE_BYTES = 1 << 20
 VCPU_INFO_BYTES = 64  # struct vcpu_info in xen.h
 # Control and debug registers as the guest sees them at its start.
 INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
@@ -64,6 +65,7 @@ class Vcpu:
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
         run_state: see `RunState`.
+        fetch_faults: when an instruction last could not be fetched, and how often with none begun in between.
         domid: its domain's number.
         address_limit: the first linear address that is not the guest's.
         info: machine address of its part of the shared-information page.
@@ -80,6 +82,7 @@ class Vcpu:
     control: dict[str, int] = field(default_factory=lambda: INITIAL_CONTROL | INITIAL_DEBUG)
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
+    fetch_faults: tuple[int, int] = (-1, 0)
     domid: int = field(init=False)
     info: int = field(init=False)
     address_limit: int = field(init=False)
@@ -96,6 +99,12 @@ class Vcpu:
         self.flat_code = flat_segments(self.state.mode, code=True)
         self.flat_data = flat_segments(self.state.mode, code=False)
 
+    def fetch_fault(self, now: int) -> int:
+        """Note that an instruction could not be fetched; how often that happened with none begun in between."""
+        time, count = self.fetch_faults
+        self.fetch_faults = now, count + 1 if time == now else 1
+        return self.fetch_faults[1]
+
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""
         return {
@@ -104,6 +113,7 @@ class Vcpu:
             "kernel_stack": (self.kernel_ss, self.kernel_esp),
             "control": dict(self.control),
             "run_state": (self.run_state, self.paused_from),
+            "fetch_faults": self.fetch_faults,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -113,6 +123,7 @@ class Vcpu:
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
         self.run_state, self.paused_from = saved["run_state"]
+        self.fetch_faults = saved["fetch_faults"]
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +138,8 @@ class Domain:
         shared_info_mfn: frame of the shared-information page.
         privileged: whether it may use the control interface.
         vcpus: its virtual CPUs.
-        console_out: all that it wrote to its console.
+        console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
+        console_lost: how many bytes it wrote before those.
         console_in: what was typed and not yet read.
         shutdown: why it ended, None while it has not.
         report: the crash report, empty when it did not crash.
@@ -142,6 +154,7 @@ class Domain:
     privileged: bool = False
     vcpus: list[Vcpu] = field(default_factory=list)
     console_out: bytearray = field(default_factory=bytearray)
+    console_lost: int = 0
     console_in: bytearray = field(default_factory=bytearray)
     shutdown: Shutdown | None = None
     report: str = ""
@@ -150,7 +163,16 @@ class Domain:
     @property
     def console(self) -> str:
         """What it wrote to its console, as text; bytes that are not UTF-8 are shown as escapes."""
-        return self.console_out.decode("utf-8", "backslashreplace")
+        text = self.console_out.decode("utf-8", "backslashreplace")
+        return f"[{self.console_lost} bytes before this are not kept]\n{text}" if self.console_lost else text
+
+    def write_console(self, data: bytes) -> None:
+        """Add what the guest wrote.  A guest may write for ever; only the last `CONSOLE_BYTES` are kept."""
+        self.console_out += data
+        excess = len(self.console_out) - CONSOLE_BYTES
+        if excess > 0:
+            del self.console_out[:excess]
+            self.console_lost += excess
 
     @property
     def ended(self) -> bool:
@@ -166,7 +188,7 @@ class Domain:
         """Everything but the memory, as plain data."""
         return {
             "frames": tuple(self.frames),
-            "console": (bytes(self.console_out), bytes(self.console_in)),
+            "console": (bytes(self.console_out), bytes(self.console_in), self.console_lost),
             "end": (self.shutdown, self.report),
             "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
         }
@@ -174,7 +196,8 @@ class Domain:
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave."""
         self.frames = list(saved["frames"])
-        self.console_out, self.console_in = (bytearray(part) for part in saved["console"])
+        out, typed, self.console_lost = saved["console"]
+        self.console_out, self.console_in = bytearray(out), bytearray(typed)
         self.shutdown, self.report = saved["end"]
         for vcpu, state in zip(self.vcpus, saved["vcpus"], strict=True):
             vcpu.restore(state)

@@ -18,8 +18,12 @@ The part takes and returns plain values, so a student's fits the same slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
+
+from xenlab.errors import XenlabError
+from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.parts import is_mapping, wrong
 
 Values = Mapping[str, int]
 
@@ -67,6 +71,35 @@ class PrivilegedInstructions:
         if changes is None:
             return None
         return {**changes, "eip": registers["eip"] + length & 0xFFFF_FFFF}
+
+
+def carry_out(emulator: Emulator, vcpu: Vcpu, code: bytes, now: int) -> Values | None:
+    """Let ``emulator`` decide about the instruction at EIP and do what it says; None where it refuses."""
+    state = vcpu.state
+    registers = {name: getattr(state, name) for name in (*GENERAL, "eip", "eflags")}
+    system = vcpu.control | {"ring": state.cpl, "iopl": 0, "tsc": now, "cr3": state.cr3}
+    changes = decide(emulator, code, registers, system, (*registers, *vcpu.control))
+    for name, value in (changes or {}).items():
+        if name in registers:
+            setattr(state, name, value & 0xFFFF_FFFF)
+        else:
+            vcpu.control[name] = value & 0xFFFF_FFFF
+    return changes
+
+
+def decide(emulator: Emulator, code: bytes, registers: Values, system: Values, names: Collection[str]) -> Values | None:
+    """What ``emulator`` says, if it changes only what is among ``names``.  Raises PartError."""
+    did = f"emulation of the instruction at {registers['eip']:#010x}, bytes {code.hex(' ')}"
+    expected = f"None, or whole numbers by names from {' '.join(names)}"
+    try:
+        changes = emulator.emulate(code, registers, system)
+    except XenlabError:
+        raise
+    except Exception as problem:
+        raise wrong(emulator, did, expected, problem) from problem
+    if changes is not None and not is_mapping(changes, names, int):
+        raise wrong(emulator, did, expected, changes)
+    return changes
 
 
 def decode(code: bytes) -> tuple[int, int]:

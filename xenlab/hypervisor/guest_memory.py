@@ -6,6 +6,11 @@ page, into the hypervisor, or run off the end of a page into nothing.
 Translations are kept as the CPU keeps them, and forgotten when its TLB is flushed, so that the
 hypervisor sees the guest's memory as the guest sees it.
 
+The CPU does not notice such a write where it has already translated the page as code.  `write` tells
+it each time; frames and results of batches, written far more often, tell it once for each page, so a
+guest that has them written over its own running code may go on with the old code.  How long must be
+the same in every replay: hence `forget_written`.
+
 The invariant: a copy succeeds only where the guest's own kernel could have made the same
 access, and a copy that fails has changed nothing.  What breaks without it: a guest uses the
 hypervisor's hand to write where its own may not.
@@ -35,6 +40,8 @@ class GuestMemory:
     def __init__(self, memory: Memory, cpu: Cpu) -> None:
         self._memory = memory
         self._cpu = cpu
+        # Machine addresses of the pages that were written since `forget_written`.
+        self._written: set[int] = set()
 
     def read(self, vcpu: Vcpu, address: int, length: int, access: Access = READ) -> bytes:
         """``length`` bytes at ``address``.  Raises HypercallError(EFAULT)."""
@@ -50,13 +57,24 @@ class GuestMemory:
         if data and len(data) <= PAGE_SIZE:
             at = self.machine_address(vcpu, address, len(data), True)
             if at >= 0:
-                self._memory.bytes[at : at + len(data)] = data
+                self._store(at, data)
                 return
         pieces = list(self._pieces(vcpu, address, len(data), WRITE))
         done = 0
         for at, size in pieces:
-            self._memory.bytes[at : at + size] = data[done : done + size]
+            self._store(at, data[done : done + size])
             done += size
+
+    def _store(self, at: int, data: bytes) -> None:
+        self._memory.bytes[at : at + len(data)] = data
+        self._written.add(at & ~(PAGE_SIZE - 1))
+        self._cpu.forget_code(at, at + len(data))
+
+    def forget_written(self) -> None:
+        """Have the CPU translate code anew in all pages that were written since the last time."""
+        for page in self._written:
+            self._cpu.forget_code(page, page + PAGE_SIZE)
+        self._written.clear()
 
     def read_words(self, vcpu: Vcpu, address: int, count: int) -> tuple[int, ...]:
         """Up to eight 32-bit words at ``address``.  Raises HypercallError(EFAULT)."""
@@ -81,9 +99,9 @@ class GuestMemory:
         else:
             WORDS[count].pack_into(self._memory.bytes, at, *words)
 
-    def check_writable(self, vcpu: Vcpu, address: int, length: int) -> None:
-        """Raise HypercallError(EFAULT) unless `write` of ``length`` bytes there would succeed."""
-        for _piece in self._pieces(vcpu, address, length, WRITE):
+    def check_writable(self, vcpu: Vcpu, address: int, length: int, access: Access = WRITE) -> None:
+        """Raise HypercallError(EFAULT) unless `write` of ``length`` bytes there would succeed, or ``access`` would."""
+        for _piece in self._pieces(vcpu, address, length, access):
             pass
 
     def read_word(self, vcpu: Vcpu, address: int) -> int:
@@ -119,12 +137,15 @@ class GuestMemory:
         if page is None:
             ((machine, _size),) = self._pieces(vcpu, address - offset, PAGE_SIZE, WRITE if write else READ)
             page = vcpu.translations[key] = machine
+            if write and page not in self._written:
+                self._written.add(page)
+                self._cpu.forget_code(page, page + PAGE_SIZE)
         return page + offset
 
     def _pieces(self, vcpu: Vcpu, address: int, length: int, access: Access) -> Iterator[tuple[int, int]]:
         """The machine addresses and sizes that a linear range consists of, page by page."""
         state = vcpu.state
-        if length < 0 or address + length > start_of(state.mode):
+        if address < 0 or length < 0 or address + length > start_of(state.mode):
             raise HypercallError(Errno.EFAULT)
         while length:
             size = min(length, PAGE_SIZE - address % PAGE_SIZE)

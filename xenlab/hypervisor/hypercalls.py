@@ -15,18 +15,20 @@ hypervisor fills in, so that the way in can change without the guest knowing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Hypercall
-from xenlab.errors import HypercallError
+from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
+from xenlab.hypervisor.parts import is_mapping, wrong
 from xenlab.machine.memory import PAGE_SIZE
 
 Handler = Callable[..., int]
 _STUB_BYTES = 32
 _MULTICALL_ENTRY = 32
 MAX_MULTICALL = 4096
+_ADDRESSES = range(1 << 32)
 _NOT_IN_BATCHES = frozenset((int(Hypercall.multicall), int(Hypercall.iret)))
 
 
@@ -86,7 +88,7 @@ class HypercallTable:
         self.parts[number] = part
 
         def handler(vcpu: Vcpu, *arguments: int) -> int:
-            result, writes = part.call(arguments, lambda at, size: self._read_or_none(vcpu, at, size))
+            result, writes = _answer(number, part, arguments, lambda at, size: self._read_or_none(vcpu, at, size))
             for address, data in writes.items():
                 self._guest.check_writable(vcpu, address, len(data))
             for address, data in writes.items():
@@ -118,6 +120,25 @@ class HypercallTable:
             return self._guest.read(vcpu, address, length)
         except HypercallError:
             return None
+
+
+def _answer(
+    number: int, part: HypercallPart, arguments: tuple[int, ...], read: Callable[[int, int], bytes | None]
+) -> tuple[int, Mapping[int, bytes]]:
+    """What ``part`` answers, if it is an answer.  Raises PartError."""
+    did = f"hypercall {number} with arguments {', '.join(map(hex, arguments))}"
+    expected = "a tuple (result, writes): a whole number, and bytes by whole-number address"
+    try:
+        found: Any = part.call(arguments, read)
+    except XenlabError:
+        raise
+    except Exception as problem:
+        raise wrong(part, did, expected, problem) from problem
+    is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], int)
+    if not is_pair or not is_mapping(found[1], _ADDRESSES, (bytes, bytearray)):
+        raise wrong(part, did, expected, found)
+    result, writes = found
+    return result, writes
 
 
 def hypercall_page() -> bytes:

@@ -1,4 +1,4 @@
-"""Saving what a part knows, whoever wrote it.
+"""Parts that others wrote: what is expected of them, and saving what they know.
 
 The problem: a run can be taken back only if every part of the hypervisor goes back with it,
 also a scheduler that a student wrote and that has no thought of being saved.
@@ -7,14 +7,18 @@ The invariant: a part that was loaded behaves as it did when it was saved.  A pa
 the pair ``state()`` and ``load(state)`` says itself what it knows; of any other all
 attributes are copied.  What breaks without it: a replay in which the second turn is not
 like the first.
+
+A part's own mistake is not the guest's.  Unless it is an error of our family already, it is
+raised as a `PartError` at the person who put the part in, and leaves a machine that can be run on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from xenlab.errors import TimelineError
+from xenlab.errors import PartError, TimelineError
 
 
 def save_part(part: Any) -> Any:
@@ -40,6 +44,20 @@ def load_part(part: Any, saved: Any) -> None:
     else:
         vars(part).clear()
         vars(part).update(saved)
+
+
+def wrong(part: object, did: str, expected: str, found: object) -> PartError:
+    """What to raise when ``part``, in what it ``did``, gave ``found`` instead of what was ``expected``."""
+    if isinstance(found, Exception):
+        return PartError(
+            f"{type(part).__name__}, {did}: expected {expected}; it raised {type(found).__name__}: {found}"
+        )
+    return PartError(f"{type(part).__name__}, {did}: expected {expected}, found {found!r:.200}")
+
+
+def is_mapping(found: object, keys: Any, values: type | tuple[type, ...]) -> bool:
+    """Whether ``found`` maps members of ``keys`` to instances of ``values``."""
+    return isinstance(found, Mapping) and all(key in keys and isinstance(found[key], values) for key in found)
 
 
 def _has_pair(part: Any) -> bool:

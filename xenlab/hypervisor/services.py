@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 XEN_MAJOR, XEN_MINOR, EXTRA_VERSION = 4, 17, b".0-xenlab"
 CAPABILITIES = b"xen-3.0-x86_32 xen-3.0-x86_32p "
 _CONSOLE_LIMIT = 16 * PAGE_SIZE
+# Of one write; the trace keeps a fixed number of events, and so a bounded number of bytes.
+_RECORDED_BYTES = 1024
 _TRAP_INFO = 8
 _FEATURES = 1 << 4 | 1 << 5 | 1 << 16  # pae_pgdir_above_4gb, mmu_pt_update_preserve_ad, not_direct_mapped
 
@@ -90,8 +92,8 @@ class Services:
         domain = vcpu.domain
         if command == ConsoleIo.WRITE:
             data = self._guest.read(vcpu, address, count)
-            domain.console_out += data
-            self._xen.record(Kind.CONSOLE, domain.domid, data)
+            domain.write_console(data)
+            self._xen.record(Kind.CONSOLE, domain.domid, data[:_RECORDED_BYTES])
             return 0
         if command == ConsoleIo.READ:
             data = bytes(domain.console_in[:count])

@@ -30,7 +30,7 @@ class Kind(IntEnum):
     DELIVER = 4  # vector, from ring, to ring, handler's eip, frame address, frame words
     IRET = 5  # to ring, eip
     SWITCH = 6  # from vcpu, to vcpu (-1: none), slice in instructions
-    CONSOLE = 7  # bytes written
+    CONSOLE = 7  # bytes written, the first 1,024 of one write
     DOMAIN = 8  # what happened to it, in one word
     CRASH = 9  # reason
     INPUT = 10  # description of something from outside

@@ -23,17 +23,21 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import code_segment, stack_segment, usable_in
 from xenlab.hypervisor.domain import Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
-from xenlab.machine.cpu import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
+from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.memory import Memory
-from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, NT, RF, TF, VM
+from xenlab.machine.paging import USER_WRITE
+from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
 from xenlab.machine.vectors import vector_name
 
 KERNEL_RING, USER_RING = 1, 3
 _SAVED_MASK_SHIFT = 16
+# INT n without prefixes, which do nothing: where they begin cannot be seen from behind.
+_INTERRUPT_BYTES = 2
+_SOFTWARE_INTERRUPT_ERROR = 2  # "the selector is an index into the IDT"
 # What a guest may set by a return: neither I/O privilege nor virtual-8086 mode nor reserved bits.
 _RETURNED_FLAGS = ARITHMETIC | TF | DF | RF | AC | ID
-_KEPT_ON_ENTRY = ~(TF | NT | RF | VM | AC)
+_KEPT_ON_ENTRY = ARITHMETIC | DF | IF | ID
 _SAVED_FLAGS = ~(IF | IOPL)
 # Offsets in struct vcpu_info (xen.h).
 _UPCALL_MASK, _CR2 = 1, 8
@@ -69,6 +73,9 @@ class TrapDelivery:
             raise Undeliverable(f"the handler for exception {vector} has the unusable code selector {gate.cs:#x}")
         state = vcpu.state
         esp, eip, flags, ring, cs, ss = state.interrupted()
+        if flags & VM:
+            # The emulated CPU lets any ring enter this mode by IRET; on an x86 only ring 0 can.
+            raise Undeliverable(f"exception {vector} in virtual-8086 mode, which no guest may enter")
         to_ring, stack = gate.cs & 3, None
         if self._bytes[vcpu.info + _UPCALL_MASK] & 1:
             cs, saved_flags = cs | 1 << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS
@@ -86,6 +93,9 @@ class TrapDelivery:
             raise Undeliverable(f"the handler's ring {to_ring} is less privileged than ring {ring}")
         else:
             words, base = (eip, cs, saved_flags), state.segment("ss").base
+            if ring == USER_RING:
+                size = 16 if error != SOFTWARE and vector in WITH_ERROR_CODE else 12
+                self._check_user_stack(vcpu, base + esp - size & 0xFFFF_FFFF, size)
         if error != SOFTWARE and vector in WITH_ERROR_CODE:
             words = (error,) + words  # noqa: RUF005  (half the time of unpacking)
             if vector == PAGE_FAULT:
@@ -129,6 +139,22 @@ class TrapDelivery:
         state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
         return ring, eax
+
+    def software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:
+        """Vector and error code for ``int n``: its gate's if the privilege allows, else #GP at the instruction."""
+        gate = vcpu.traps[vector]
+        # Xen's own gates for these two are open to every ring, and it asks no further.
+        if vector in (BREAKPOINT, OVERFLOW) or (gate is not None and gate.dpl >= vcpu.state.cpl):
+            return vector, SOFTWARE
+        vcpu.state.eip = vcpu.state.eip - _INTERRUPT_BYTES & 0xFFFF_FFFF
+        return PROTECTION, vector << 3 | _SOFTWARE_INTERRUPT_ERROR
+
+    def _check_user_stack(self, vcpu: Vcpu, address: int, size: int) -> None:
+        """A frame for a handler in ring 3 goes only where ring 3 could have pushed it."""
+        try:
+            self._guest.check_writable(vcpu, address, size, USER_WRITE)
+        except HypercallError:
+            raise Undeliverable(f"ring 3 may not write the exception frame at {address:#010x}") from None
 
     def _pop(self, vcpu: Vcpu, address: int, count: int) -> tuple[int, ...]:
         try:

@@ -123,6 +123,7 @@ class ProbedCpu:
         self._base = 0
         self._end = 0
         self._deadline = 0
+        self._longest = SLICE
         self._running = False
         self._stopping: int | None = None
         self._failure: BaseException | None = None
@@ -186,12 +187,17 @@ class ProbedCpu:
         if self._running:
             # Never below what was already begun, and never past the slice.
             allowed = min(self._end, time) - self._base
-            self._counter[1] = max(self._counter[0], min(allowed, SLICE))
+            self._counter[1] = max(self._counter[0], min(allowed, self._longest))
+
+    def _end_slice(self) -> None:
+        """Let the slice in progress end before the next instruction; safe at any moment of a run."""
+        self._longest = 0
+        self._counter[1] = min(self._counter)
 
     def run_until(self, end: int) -> None:
-        self._end = end
+        self._end, self._longest = end, SLICE
         self._stopping = None
-        with deferred_interrupts() as mark:
+        with deferred_interrupts(self._end_slice) as mark:
             while self._stopping is None and (left := min(end, self._deadline) - self._base) > 0:
                 self._slice(min(left, SLICE))
                 mark.check()

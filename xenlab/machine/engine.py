@@ -24,6 +24,9 @@ from xenlab.errors import MachineError
 from xenlab.machine.memory import Memory
 
 ENGINE_VERSION = "2.1.4"
+# Bytes for translated code; all is forgotten when it is full.  The library's own choice is 1 GiB, which a
+# guest that keeps changing its code fills within seconds.
+TRANSLATIONS = 64 << 20
 
 _ptr = ctypes.c_void_p
 INTERRUPT_CALLBACK = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint32, _ptr)
@@ -83,6 +86,7 @@ class Engine:
         self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_32)
         # Core 2 Duo: it has NX, and RDRAND is an invalid opcode on it instead of a source of chance.
         self.uc.ctl_set_cpu_model(x86.UC_CPU_X86_CORE2DUO)
+        self.uc.ctl_set_tcg_buffer_size(TRANSLATIONS)
         self.handle: int = self.uc._uch.value
         status = _mem_map_ptr(self.handle, 0, memory.size, unicorn.UC_PROT_ALL, memory.host_address)
         if status:

@@ -151,7 +151,7 @@ class Access:
     fetch: bool = False
 
 
-READ, WRITE, USER_READ = Access(), Access(write=True), Access(user=True)
+READ, WRITE, USER_READ, USER_WRITE = Access(), Access(write=True), Access(user=True), Access(write=True, user=True)
 
 
 def walk(
@@ -267,6 +267,7 @@ __all__ = [
     "TWO_LEVEL",
     "USER",
     "USER_READ",
+    "USER_WRITE",
     "WRITE",
     "Access",
     "Fault",

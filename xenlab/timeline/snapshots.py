@@ -70,7 +70,7 @@ def put_back(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
             memory[start : start + PAGE_SIZE] = data
             hypervisor.cpu.forget_code(start, start + PAGE_SIZE)
     hypervisor.restore(snapshot.machine)
-    hypervisor.cpu.flush_tlb()
+    hypervisor.forget_caches()
 
 
 class Snapshots:

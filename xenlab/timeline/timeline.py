@@ -78,7 +78,7 @@ class Timeline:
     def rebase(self) -> None:
         """Begin again here: after the machine was changed other than by an input."""
         self.hypervisor.inputs.forget_pending()
-        self.hypervisor.cpu.flush_tlb()
+        self.hypervisor.forget_caches()
         self.start = self.end = self.hypervisor.now
         # Events behind the position, the next one last.
         self._ahead: list[tuple[Any, ...]] = []
@@ -166,7 +166,7 @@ class Timeline:
             if self._run_piece(min(boundary, time)) is Stop.IDLE:
                 return Stop.IDLE
             if self.position == boundary:
-                self.hypervisor.cpu.flush_tlb()
+                self.hypervisor.forget_caches()
                 self._keep_snapshot()
         return Stop.BUDGET
 
