@@ -75,7 +75,11 @@ def test_an_emulator_that_answers_nonsense_is_named(answer: Any) -> None:
         xen.run(100)
 
 
-@pytest.mark.parametrize("answer", [None, 5, (1, 2), (1, {2: "x"}), (1, {-1: b""}), IndexError("9")], ids=repr)
+@pytest.mark.parametrize(
+    "answer",
+    [None, 5, (1, 2), (1, {2: "x"}), (1, {-1: b""}), (1, {"a": b""}), (1, {1.5: b""}), IndexError("9")],
+    ids=repr,
+)
 def test_a_hypercall_part_that_answers_nonsense_is_named(answer: Any) -> None:
     class Part:
         def call(self, _arguments: tuple[int, ...], _read: Any) -> Any:

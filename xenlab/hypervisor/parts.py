@@ -57,7 +57,10 @@ def wrong(part: object, did: str, expected: str, found: object) -> PartError:
 
 def is_mapping(found: object, keys: Any, values: type | tuple[type, ...]) -> bool:
     """Whether ``found`` maps members of ``keys`` to instances of ``values``."""
-    return isinstance(found, Mapping) and all(key in keys and isinstance(found[key], values) for key in found)
+    if not isinstance(found, Mapping) or not all(isinstance(value, values) for value in found.values()):
+        return False
+    # A range is searched to its end for anything but a whole number.
+    return all((not isinstance(keys, range) or type(key) is int) and key in keys for key in found)
 
 
 def _has_pair(part: Any) -> bool:
