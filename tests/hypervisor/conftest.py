@@ -185,6 +185,18 @@ def play() -> Play:
     return run
 
 
+@pytest.fixture(name="play_source")
+def source_of_a_probe() -> Callable[..., str]:
+    """``play_source(probe, ring, **parts)`` is the text of the guest that `play` runs."""
+    return source
+
+
+@pytest.fixture(name="row")
+def trap_row() -> Callable[..., str]:
+    """``row(vector, flags, handler, cs)`` is one row of a trap table."""
+    return row
+
+
 @pytest.fixture
 def play_text() -> Callable[..., Seen]:
     """``play_text(source)`` runs a guest that is written out in full."""
