@@ -48,6 +48,18 @@ class PartError(XenlabError):
     """A part in one of the hypervisor's slots answered what no part may, or raised; says which, when, and what."""
 
 
+class InvariantError(XenlabError):
+    """The auditor found something that must never be.
+
+    Attributes:
+        invariant: the name of what does not hold.
+    """
+
+    def __init__(self, invariant: str, text: str) -> None:
+        self.invariant = invariant
+        super().__init__(text)
+
+
 class TimelineError(XenlabError):
     """A run that cannot be taken back: something in it was not recorded or cannot be saved."""
 

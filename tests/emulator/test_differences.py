@@ -99,7 +99,7 @@ def test_a_read_modify_write_faults_as_a_read() -> None:
 
 def test_segment_limits_are_not_enforced() -> None:
     xen = Hypervisor(trace=Trace())
-    boot(xen, "mov eax, [0xfc000000]\n hlt")
+    boot(xen, "mov eax, [0xfd000000]\n hlt")
     raw: list[int] = []
 
     def listen(vector: int, error: int, address: int) -> None:

@@ -10,12 +10,10 @@ import pytest
 
 from xenlab import Hypervisor, Machine, boot
 from xenlab.abi.numbers import HYPERCALL_VECTOR
+from xenlab.hypervisor.auditor import check
 from xenlab.hypervisor.domain import Domain, Vcpu
-from xenlab.hypervisor.heap import FREE, XEN
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, start_of
 from xenlab.hypervisor.trace import Event, Kind, Trace
-from xenlab.machine.memory import PAGE_SHIFT
-from xenlab.machine.paging import PAE, PRESENT, RW, TWO_LEVEL, PagingMode, mapped_pages
+from xenlab.machine.paging import PAE, TWO_LEVEL, PagingMode
 
 VECTORS = (0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 19)
 
@@ -203,48 +201,6 @@ def play_text() -> Callable[..., Seen]:
     return play_source
 
 
-def audit(xen: Hypervisor) -> None:
-    """Recompute from the page tables what must hold after any hypercall; asserts it."""
-    owner = xen.heap.owner
-    claimed: set[int] = set()
-    for domain in xen.domains.values():
-        mine = [*domain.frames, *domain.own_tables, domain.shared_info_mfn]
-        assert claimed.isdisjoint(mine), f"domain {domain.domid} claims a frame of another"
-        claimed.update(mine)
-        assert all(owner[mfn] == domain.domid for mfn in domain.frames)
-        assert all(owner[mfn] == XEN for mfn in (*domain.own_tables, domain.shared_info_mfn))
-        for vcpu in domain.vcpus:
-            audit_tables(xen, domain, vcpu)
-    assert claimed.issuperset(mfn for mfn, domid in enumerate(owner) if domid >= 0)
-    assert xen.heap.free_frames == owner.count(FREE)
-
-
-def audit_tables(xen: Hypervisor, domain: Domain, vcpu: Vcpu) -> None:
-    mode, cr3 = vcpu.state.mode, vcpu.state.cr3
-    tables = set(tables_below(xen, mode, cr3))
-    own, start = set(domain.frames), start_of(mode)
-    assert tables <= own | set(domain.own_tables)
-    for address, entry in mapped_pages(xen.memory, mode, cr3):
-        mfn = mode.frame_of(entry)
-        if address >= start:
-            assert GDT_BASE <= address <= GDT_BASE + GDT_LIMIT, f"{address:#x} is mapped in the hypervisor's range"
-            assert not entry & RW, f"{address:#x}: the descriptor table is writable"
-            assert mfn in (0, xen.gdt_page(mode)), f"{address:#x} maps frame {mfn:#x}"
-        else:
-            assert mfn in own or mfn == domain.shared_info_mfn, f"{address:#x} maps the foreign frame {mfn:#x}"
-            assert not (mfn in tables and entry & RW), f"{address:#x}: a page table is writable"
-
-
-def tables_below(xen: Hypervisor, mode: PagingMode, cr3: int) -> Iterator[int]:
-    """Machine frames of all page tables of an address space."""
-    level = [mode.root_address(cr3) >> PAGE_SHIFT]
-    for current in mode.levels:
-        yield from level
-        if current.name != "l1":
-            entries = (mode.read(xen.memory, mfn << PAGE_SHIFT, n) for mfn in level for n in range(current.entries))
-            level = [mode.frame_of(entry) for entry in entries if entry & PRESENT]
-
-
 @pytest.fixture(autouse=True)
 def auditor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Audits the whole machine after every hypercall of every test here; counts the audits."""
@@ -259,14 +215,14 @@ def auditor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def audited(self: Hypervisor, vector: int, error: int, address: int) -> None:
         trap(self, vector, error, address)
         if vector == HYPERCALL_VECTOR:
-            audit(self)
+            check(self)
             audits[0] += 1
 
     monkeypatch.setattr(Hypervisor, "__init__", remember)
     monkeypatch.setattr(Hypervisor, "trap", audited)
     yield audits
     for xen in machines:
-        audit(xen)
+        check(xen)
 
 
 def digest(xen: Hypervisor) -> tuple[Any, ...]:

@@ -80,8 +80,8 @@ def test_gates_are_those_that_the_guest_registered() -> None:
         (1, "mov [0x1000], ebx", "#PF(2) at 0x1000", "#PF in ring 1, error code 0x2"),
         (3, "mov eax, [shared_info]", "#PF(5)", "#PF in ring 1, error code 0x5"),
         (1, "mov eax, [0xfbfffffc]", "#PF(0)", "#PF in ring 1"),
-        (1, "mov eax, [0xfc000000]", "#GP(0)", "#GP in ring 1"),
-        (1, "mov eax, 0xfc000000; jmp eax", "#GP(0)", "#GP in ring 1"),
+        (1, "mov eax, [0xfd000000]", "#GP(0)", "#GP in ring 1"),
+        (1, "mov eax, 0xfd000000; jmp eax", "#GP(0)", "#GP in ring 1"),
     ],
 )
 def test_outcomes(ring: int, code: str, trap: str, then: str) -> None:

@@ -43,7 +43,7 @@ RING_0 = (
     "cli; pushf; pop eax; sti; hlt; pushf; pop ebx",
     "push 0x3202; popf; pushf; pop eax",
     "fldpi; fstp dword ptr [buffer]; mov eax, [buffer]",
-    "mov eax, [0xfc000000]",
+    "mov eax, [0xfd000000]",
     "mov eax, [0x1000]",
     "in al, 0x60",
     "mov eax, 17; int 0x82",

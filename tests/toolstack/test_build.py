@@ -10,8 +10,8 @@ from xenlab import Hypervisor, ImageError, Machine, boot
 from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags
 from xenlab.abi.structures import StartInfo
 from xenlab.hypervisor.domain import Domain, RunState
-from xenlab.hypervisor.heap import FREE, XEN
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, start_of
+from xenlab.hypervisor.frames import FREE, XEN
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, segments_end, start_of
 from xenlab.machine.paging import PAE, RW, TWO_LEVEL, USER, PagingMode, mapped_pages
 from xenlab.toolstack import Image, build, image_from_source
 from xenlab.toolstack.image import Section
@@ -56,7 +56,7 @@ def test_memory_of_a_new_guest(memory_mib: int, mode: PagingMode) -> None:
     p2m = words_at(xen, domain, info.mfn_list, pages)
     assert p2m == domain.frames
     assert len(set(p2m)) == pages
-    assert all(xen.heap.owner[mfn] == domain.domid for mfn in p2m)
+    assert all(xen.frames.owner[mfn] == domain.domid for mfn in p2m)
     mapped = dict(mapped_pages(xen.memory, mode, vcpu.state.cr3))
     own = {address: mode.frame_of(entry) for address, entry in mapped.items() if address < start_of(mode)}
     expected = {BASE + (pfn << 12): mfn for pfn, mfn in enumerate(p2m)}
@@ -93,7 +93,7 @@ def test_registers_of_a_new_guest(mode: PagingMode) -> None:
     assert state.eflags == 0x202
     selectors = [state.segment(name).selector for name in ("cs", "ss", "ds", "es", "fs", "gs")]
     assert selectors == [FLAT_RING1_CS, FLAT_RING1_SS, *[FLAT_RING1_DS] * 4]
-    assert {state.segment(name).limit for name in ("cs", "ss", "ds")} == {start_of(mode) - 1}
+    assert {state.segment(name).limit for name in ("cs", "ss", "ds")} == {segments_end(mode) - 1}
     assert {state.segment(name).base for name in ("cs", "ss", "ds", "es", "fs", "gs")} == {0}
     # The stack lies behind the page tables; the kernel's stack for entries from ring 3 is the same.
     assert state.esp == info.pt_base + info.nr_pt_frames * 4096 + 4096
@@ -120,7 +120,7 @@ def test_only_the_initial_domain_is_marked(privileged: bool) -> None:
     assert info_of(xen, domain).flags == expected
 
 
-def test_hypervisor_range_holds_the_descriptor_table_only(mode: PagingMode) -> None:
+def test_hypervisor_range_holds_the_list_and_the_descriptor_table_only(mode: PagingMode) -> None:
     xen = Hypervisor(Machine(memory_mib=4))
     domain = boot(xen, GUEST, mode=mode)
     above = {
@@ -128,10 +128,12 @@ def test_hypervisor_range_holds_the_descriptor_table_only(mode: PagingMode) -> N
         for address, entry in mapped_pages(xen.memory, mode, domain.vcpus[0].state.cr3)
         if address >= start_of(mode)
     }
-    assert set(above) == set(range(GDT_BASE, GDT_BASE + GDT_LIMIT, 4096))
+    m2p = [start_of(mode) + 4096 * page for page in range(len(xen.frames.m2p_frames))]
+    assert set(above) == {*m2p, *range(GDT_BASE, GDT_BASE + GDT_LIMIT, 4096)}
+    assert [mode.frame_of(above[address]) for address in m2p] == list(xen.frames.m2p_frames)
     assert not any(entry & (RW | USER) for entry in above.values())
-    assert {xen.heap.owner[mode.frame_of(entry)] for entry in above.values()} == {XEN}
-    assert all(xen.heap.owner[mfn] == XEN for mfn in domain.own_tables)
+    assert {xen.frames.owner[mode.frame_of(entry)] for entry in above.values()} == {XEN}
+    assert all(xen.frames.owner[mfn] == XEN for mfn in domain.own_tables)
     assert not set(domain.own_tables) & set(domain.frames)
 
 
@@ -156,21 +158,21 @@ REFUSED = {
 def test_refused_guest_leaves_nothing_behind(name: str, mode: PagingMode) -> None:
     options, message = REFUSED[name]
     xen = Hypervisor(Machine(memory_mib=4))
-    owner = list(xen.heap.owner)
+    owner = xen.frames.owner[:]
     with pytest.raises(ImageError, match=message):
         boot(xen, GUEST, mode=mode, **options)  # type: ignore[arg-type]
-    assert xen.heap.owner == owner
+    assert xen.frames.owner == owner
     assert xen.domains == {}
 
 
 @pytest.mark.parametrize("pages", [250, 256, 300])
 def test_image_too_large_for_its_memory(pages: int, mode: PagingMode) -> None:
     xen = Hypervisor(Machine(memory_mib=4))
-    free = xen.heap.free_frames
+    free = xen.frames.free_frames
     image = Image("large", BASE, BASE, (Section(BASE, b"\xeb\xfe", pages * 4096),), mode)
     with pytest.raises(ImageError, match="the domain has 1024 KiB"):
         boot(xen, image)
-    assert xen.heap.free_frames == free
+    assert xen.frames.free_frames == free
 
 
 def test_longest_command_line() -> None:
@@ -185,7 +187,7 @@ def test_machine_is_filled_to_the_last_frame(mode: PagingMode) -> None:
     with pytest.raises(ImageError, match="free frames"):
         boot(xen, GUEST, mode=mode)
     assert len(xen.domains) == 3
-    assert xen.heap.free_frames == xen.heap.owner.count(FREE)
+    assert xen.frames.free_frames == xen.frames.owner.count(FREE)
 
 
 @pytest.mark.parametrize("base", [0, 0x40_0000, 0x8000_0000, 0xBFF0_0000, 0xC000_0000, 0xF540_0000])

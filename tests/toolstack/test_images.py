@@ -148,20 +148,20 @@ def test_truncated_at_every_length(length: int) -> None:
 def start_or_refuse(data: bytes) -> None:
     """Whatever the bytes are: a whole domain or an ImageError, never half a domain."""
     xen = MACHINE
-    free = xen.heap.free_frames
+    free = xen.frames.free_frames
     try:
         domain = build(xen, image_from_elf(data), memory_mib=1)
     except ImageError:
-        assert xen.heap.free_frames == free
+        assert xen.frames.free_frames == free
         assert xen.domains == {}
     else:
         xen.destroy(domain)
-        assert xen.heap.free_frames == free
+        assert xen.frames.free_frames == free
 
 
 MACHINE = Hypervisor(Machine(memory_mib=4))
 for _mode in (TWO_LEVEL, PAE):  # the descriptor pages, which stay
-    MACHINE.gdt_page(_mode)
+    MACHINE.shared_pages.make(_mode)
 WHOLE = Elf().data()
 
 

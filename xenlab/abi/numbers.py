@@ -119,3 +119,83 @@ FIRST_RESERVED_GDT_PAGE = 14
 # Where the hypervisor's part of every address space begins (arch-x86/xen-x86_32.h).
 HYPERVISOR_START_TWO_LEVEL = 0xFC00_0000
 HYPERVISOR_START_PAE = 0xF580_0000
+# The machine-to-physical list begins there too, and ends at the latest here.
+MACH2PHYS_END_TWO_LEVEL, MACH2PHYS_END_PAE = 0xFC40_0000, 0xF680_0000
+
+
+class MmuUpdate(IntEnum):
+    """The two lowest bits of ``mmu_update.ptr`` (xen.h)."""
+
+    NORMAL = 0
+    MACHPHYS = 1
+    PRESERVE_AD = 2
+
+
+# Set in the count of ``mmu_update`` and ``mmuext_op`` when an interrupted call is made again (xen.h).
+MMU_UPDATE_PREEMPTED = 1 << 31
+
+
+class MmuextOp(IntEnum):
+    """Commands of ``mmuext_op`` (xen.h)."""
+
+    PIN_L1_TABLE = 0
+    PIN_L2_TABLE = 1
+    PIN_L3_TABLE = 2
+    PIN_L4_TABLE = 3
+    UNPIN_TABLE = 4
+    NEW_BASEPTR = 5
+    TLB_FLUSH_LOCAL = 6
+    INVLPG_LOCAL = 7
+    TLB_FLUSH_MULTI = 8
+    INVLPG_MULTI = 9
+    TLB_FLUSH_ALL = 10
+    INVLPG_ALL = 11
+    FLUSH_CACHE = 12
+    SET_LDT = 13
+    NEW_USER_BASEPTR = 15
+    CLEAR_PAGE = 16
+    COPY_PAGE = 17
+
+
+class UvmFlags(IntFlag):
+    """Flags of ``update_va_mapping`` (xen.h); without `ALL`, the other bits point to a set of vCPUs or are 0."""
+
+    TLB_FLUSH = 1
+    INVLPG = 2
+    ALL = 4
+
+
+class MemoryOp(IntEnum):
+    """Commands of ``memory_op`` (memory.h); from bit 6 on the number holds how far an interrupted call came."""
+
+    INCREASE_RESERVATION = 0
+    DECREASE_RESERVATION = 1
+    MAXIMUM_RAM_PAGE = 2
+    CURRENT_RESERVATION = 3
+    MAXIMUM_RESERVATION = 4
+    MACHPHYS_MFN_LIST = 5
+    POPULATE_PHYSMAP = 6
+    MEMORY_MAP = 9
+    EXCHANGE = 11
+    MACHPHYS_MAPPING = 12
+    MAXIMUM_GPFN = 14
+
+
+# Domain ids with a meaning (xen.h).
+DOMID_SELF, DOMID_IO, DOMID_XEN = 0x7FF0, 0x7FF1, 0x7FF2
+
+
+class VmAssist(IntEnum):
+    """Commands of ``vm_assist`` (xen.h)."""
+
+    ENABLE = 0
+    DISABLE = 1
+
+
+class VmAssistType(IntEnum):
+    """What ``vm_assist`` switches (xen.h)."""
+
+    FOUR_GB_SEGMENTS = 0
+    FOUR_GB_SEGMENTS_NOTIFY = 1
+    WRITABLE_PAGETABLES = 2
+    PAE_EXTENDED_CR3 = 3

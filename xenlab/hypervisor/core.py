@@ -22,31 +22,41 @@ from typing import Any
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Shutdown
 from xenlab.errors import HypercallError, PartError, XenlabError
+from xenlab.hypervisor import lifecycle, saving
+from xenlab.hypervisor.checked_types import CheckedTypes
+from xenlab.hypervisor.descriptor_tables import DescriptorTables
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
-from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions, carry_out
+from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
+from xenlab.hypervisor.exceptions import Exceptions
+from xenlab.hypervisor.frames import FrameTable
 from xenlab.hypervisor.guest_memory import GuestMemory
-from xenlab.hypervisor.heap import XEN, FrameHeap
 from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, reserved_gdt_page
-from xenlab.hypervisor.parts import load_part, save_part, wrong
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
+from xenlab.hypervisor.memory_op import MemoryOps
+from xenlab.hypervisor.mmu import Mmu
+from xenlab.hypervisor.page_tables import PageTables
+from xenlab.hypervisor.page_types import FrameTypes, PageTypes
+from xenlab.hypervisor.parts import wrong
+from xenlab.hypervisor.preemption import Allowance, Continuation
 from xenlab.hypervisor.report import crash_report
+from xenlab.hypervisor.reservations import Reservations
 from xenlab.hypervisor.result import RunResult as RunResult
 from xenlab.hypervisor.result import Stop as Stop
 from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
 from xenlab.hypervisor.services import Services
+from xenlab.hypervisor.shared_pages import SharedPages
+from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
-from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery, Undeliverable
-from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
 from xenlab.machine.machine import Machine
-from xenlab.machine.paging import PagingMode
+from xenlab.machine.memory import PAGE_SHIFT
 
 _U32 = 0xFFFF_FFFF
-_LONGEST_INSTRUCTION = 15
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
 _HYPERCALL, _RETURN, _SWITCH, _RUNNABLE = int(Kind.HYPERCALL), int(Kind.RETURN), int(Kind.SWITCH), RunState.RUNNABLE
-# So many faults at fetching an instruction, with none begun in between, end a guest.
-_TRIPLE = 3
+# In the trace, the answer of a call that the guest has to make again.
+CALL_AGAIN = 1
 
 
 class Hypervisor:
@@ -57,10 +67,15 @@ class Hypervisor:
         scheduler: who runs next; round robin if not given.
         emulator: privileged instructions; Xen's choice if not given.
         hypercalls: further hypercalls by number, written in plain values.
+        page_types: types and counts of frames; ours on the frame table if not given.
+        flush_policy: when a frame that changes its use needs the TLB emptied; only if it must be, if not given.
         trace: where events are recorded; None for no recording.
 
     Attributes:
         domains: by domain id, ended ones too until they are destroyed.
+        vcpus: by key.
+        slice_end: when the running vCPU's turn ends.
+        pick_needed: whether the scheduler has to be asked before guest code goes on.
         current: the vCPU that runs, None when none can.
     """
 
@@ -71,6 +86,8 @@ class Hypervisor:
         scheduler: Scheduler | None = None,
         emulator: Emulator | None = None,
         hypercalls: Mapping[int, HypercallPart] | None = None,
+        page_types: PageTypes | None = None,
+        flush_policy: FlushPolicy | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.machine = machine or Machine()
@@ -79,23 +96,55 @@ class Hypervisor:
         self.scheduler = scheduler or RoundRobin()
         self.emulator = emulator or PrivilegedInstructions()
         self.trace = trace
-        self.heap = FrameHeap(self.memory)
+        self.domains: dict[int, Domain] = {}
+        self.allowance = Allowance()
         self.guest_memory = GuestMemory(self.memory, self.cpu)
         self.traps = TrapDelivery(self.memory, self.guest_memory)
-        self.hypercalls = HypercallTable(self.guest_memory)
+        self.hypercalls = HypercallTable(self.guest_memory, self.allowance)
         self._handlers = self.hypercalls.handlers
+        self._make_memory(page_types, flush_policy)
         self.services = Services(self)
+        self.exceptions = Exceptions(self)
+        self._fault = self.exceptions.handle
         for number, part in (hypercalls or {}).items():
             self.hypercalls.register_part(number, part)
         self.inputs = InputQueue()
-        self.domains: dict[int, Domain] = {}
         self.current: Vcpu | None = None
-        self._vcpus: dict[int, Vcpu] = {}
-        self._slice_end = 0
-        self._pick_needed = False
-        self._gdt_pages: dict[str, int] = {}
+        self.vcpus: dict[int, Vcpu] = {}
+        self.slice_end = 0
+        self.pick_needed = False
         self.cpu.handler = self.trap
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
+
+    def _make_memory(self, page_types: PageTypes | None, flush_policy: FlushPolicy | None) -> None:
+        """The mechanisms of paper 3.3.3 and 3.3.4, each in a file of its own."""
+        self.frames = FrameTable(self.memory)
+        self.page_types = page_types or FrameTypes(self.frames)
+        self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), self._record_flush)
+        self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
+        self.descriptor_tables = DescriptorTables(self)
+        self.page_tables = self.reservations.tables = PageTables(
+            self.memory,
+            self.frames,
+            CheckedTypes(self.page_types, self.frames),
+            self.tlb,
+            self.descriptor_tables.check_frame,
+            self.reservations.release,
+            self.allowance,
+            self._record_refused,
+        )
+        self.shared_pages = SharedPages(self.memory, self.frames)
+        self.mmu = Mmu(self)
+        self.memory_ops = MemoryOps(self)
+
+    def _forget_code(self, mfn: int) -> None:
+        self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
+
+    def _record_flush(self, reason: str, address: int) -> None:
+        self.record(Kind.FLUSH, self.current.domid if self.current else NO_DOMAIN, reason, address)
+
+    def _record_refused(self, table: int, index: int, entry: int, errno: int) -> None:
+        self.record(Kind.REFUSED, self.current.domid if self.current else NO_DOMAIN, table, index, entry, errno)
 
     @property
     def trace(self) -> Trace | None:
@@ -138,8 +187,8 @@ class Hypervisor:
             self._pick_if_due()
 
     def _pick_if_due(self) -> None:
-        if self._pick_needed or (self.current is not None and self.now >= self._slice_end):
-            self._switch()
+        if self.pick_needed or (self.current is not None and self.now >= self.slice_end):
+            self.switch()
 
     def trap(self, vector: int, error: int, address: int) -> None:
         """Every exception and software interrupt of every guest comes here."""
@@ -149,7 +198,7 @@ class Hypervisor:
             # The shortest way through, since guests come here most.
             frame = number, ecx, edx, ebx, _esp, ebp, esi, edi, _eip, hidden = vcpu.state.frame()
             if hidden & 3 != KERNEL_RING:
-                self._exception(vcpu, vector, error, address)
+                self._fault(vcpu, vector, error, address)
             else:
                 record = self._record
                 if record is not None:
@@ -157,52 +206,23 @@ class Hypervisor:
                     record((now, _HYPERCALL, domid, frame[:9]))
                 try:
                     result = self._handlers.get(number, unknown)(vcpu, ebx, ecx, edx, esi, edi, ebp)
+                    vcpu.state.set_eax(result & _U32)
                 except HypercallError as refusal:
                     result = -refusal.errno
-                vcpu.state.set_eax(result & _U32)
+                    vcpu.state.set_eax(result & _U32)
+                except Continuation as again:
+                    result = CALL_AGAIN
+                    again.rewind(vcpu.state)
                 if record is not None:
                     record((now, _RETURN, domid, number, result))
         else:
-            self._exception(vcpu, vector, error, address)
-        if self._pick_needed:
-            self._switch()
-
-    def _exception(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
-        if vector >= 32:
-            error = SOFTWARE
-        elif vector == PAGE_FAULT and address >= vcpu.address_limit:
-            # On the paper's machines the segment limit stops this access before paging sees it.
-            vector, error = PROTECTION, 0
-        if self.trace is not None:
-            frame = vcpu.state.frame()
-            values = vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3
-            self.record(Kind.TRAP, vcpu.domid, *values)
-        if error == SOFTWARE:
-            vector, error = self.traps.software_interrupt(vcpu, vector)
-        elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
-            return
-        try:
-            done = self.traps.deliver(vcpu, vector, error, address)
-        except Undeliverable as reason:
-            self.crash(vcpu, str(reason))
-            return
-        if self.trace is not None:
-            self.record(Kind.DELIVER, vcpu.domid, vector, *done)
-        # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and address == done[4][1] and vcpu.fetch_fault(self.now) == _TRIPLE:
-            self.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
-
-    def _emulate(self, vcpu: Vcpu) -> bool:
-        code, eip = self.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION), vcpu.state.eip
-        changes = carry_out(self.emulator, vcpu, code, self.now) if code else None
-        if changes is None:
-            return False
-        self.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
-        return True
+            self._fault(vcpu, vector, error, address)
+        if self.pick_needed:
+            self.switch()
 
     def reschedule(self) -> None:
         """Ask the scheduler again before guest code goes on."""
-        self._pick_needed = True
+        self.pick_needed = True
 
     def block(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` sleep until `wake`."""
@@ -253,7 +273,7 @@ class Hypervisor:
             told = f"told that vCPU {vcpu.key} is {vcpu.run_state.name.lower()}"
             raise wrong(self.scheduler, told, "no exception", problem) from problem
 
-    def _switch(self) -> None:
+    def switch(self) -> None:
         """Ask the scheduler and make its choice the running vCPU."""
         now, before = self.cpu.instructions, self.current
         picked = chosen = None
@@ -261,58 +281,36 @@ class Hypervisor:
             picked = self.scheduler.pick(now)
             if picked is not None:
                 key, length = picked
-                chosen, end = self._vcpus[key], now + length
+                chosen, end = self.vcpus[key], now + length
         except XenlabError:
             raise
         except Exception as problem:
             raise self._wrong_pick(picked or problem) from problem
         if chosen is None:
-            if any(vcpu.run_state is _RUNNABLE for vcpu in self._vcpus.values()):
+            if any(vcpu.run_state is _RUNNABLE for vcpu in self.vcpus.values()):
                 raise self._wrong_pick(None)
             self.cpu.stop()
         elif chosen.run_state is not _RUNNABLE or type(end) is not int or end <= now:
             raise self._wrong_pick(picked)
         else:
-            self._slice_end = self.cpu.deadline = end
+            self.slice_end = self.cpu.deadline = end
             if chosen is not before:
                 self.cpu.load(chosen.state)
-        self._pick_needed = False
+                self.tlb.note(SWITCH)
+        self.pick_needed = False
         self.current = chosen
         if self._trace is not None and chosen is not before:
             to, length = picked or (-1, 0)
             self._trace.record((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
 
     def _wrong_pick(self, found: object) -> PartError:
-        runnable = [vcpu.key for vcpu in self._vcpus.values() if vcpu.run_state is _RUNNABLE]
+        runnable = [vcpu.key for vcpu in self.vcpus.values() if vcpu.run_state is _RUNNABLE]
         expected = f"(vCPU, instructions above 0) with a vCPU of {runnable}, or None if that is empty"
         return wrong(self.scheduler, f"pick at instruction {self.now}", expected, found)
 
-    def add_domain(self, domain: Domain) -> None:
-        """Take over a domain that the toolstack built; it starts paused."""
-        self.domains[domain.domid] = domain
-        for vcpu in domain.vcpus:
-            self._vcpus[vcpu.key] = vcpu
-        self.record(Kind.DOMAIN, domain.domid, "created")
-
     def destroy(self, domain: Domain) -> None:
-        """End ``domain`` if it still lives and give its frames, scrubbed, back to the free ones.
-
-        Once; its number and its frames may by then be another's.
-        """
-        if self.domains.get(domain.domid) is not domain:
-            return
-        if not domain.ended:
-            self.shut_down(domain, Shutdown.POWEROFF)
-        for vcpu in domain.vcpus:
-            del self._vcpus[vcpu.key]
-            if self.current is vcpu:
-                self.current = None
-        del self.domains[domain.domid]
-        frames = [*domain.frames, *domain.own_tables, domain.shared_info_mfn]
-        self.heap.release(frames)
-        for mfn in frames:
-            self.cpu.forget_code(mfn << 12, mfn + 1 << 12)
-        self.record(Kind.DOMAIN, domain.domid, "destroyed")
+        """End ``domain`` if it still lives and take back what it has; see `lifecycle`."""
+        lifecycle.destroy(self, domain)
 
     def shut_down(self, domain: Domain, reason: Shutdown) -> None:
         """End ``domain``; its memory stays until `destroy`."""
@@ -332,18 +330,6 @@ class Hypervisor:
         self.guest_memory.forget_written()
         self.cpu.flush_tlb()
 
-    def free_domid(self) -> int:
-        """The lowest domain id that is not in use."""
-        return next(number for number in range(len(self.domains) + 1) if number not in self.domains)
-
-    def gdt_page(self, mode: PagingMode) -> int:
-        """Machine frame with the hypervisor's own descriptors for guests in ``mode``."""
-        if mode.name not in self._gdt_pages:
-            (mfn,) = self.heap.allocate(1, XEN)
-            self.memory.frame(mfn)[:] = reserved_gdt_page(mode)
-            self._gdt_pages[mode.name] = mfn
-        return self._gdt_pages[mode.name]
-
     def record(self, kind: Kind, domid: int, *values: Any) -> None:
         """Add an event to the trace, if there is one."""
         if self.trace is not None:
@@ -354,38 +340,9 @@ class Hypervisor:
         self.inputs.submit(self.now, item)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything but memory and trace, as plain data; see `xenlab.timeline`."""
-        return {
-            "time": self.now,
-            "current": self.current.key if self.current else None,
-            "slice": (self._slice_end, self._pick_needed),
-            "parts": {name: save_part(part) for name, part in self._parts()},
-            "heap": self.heap.state(),
-            "domains": dict(self.domains),
-            "states": {domid: domain.snapshot() for domid, domain in self.domains.items()},
-            "vcpus": dict(self._vcpus),
-            "inputs": self.inputs.state(),
-            "gdt": dict(self._gdt_pages),
-        }
-
-    def _parts(self) -> list[tuple[str, object]]:
-        """The parts that were passed in and may remember something, by name."""
-        calls = [(f"hypercall {number}", part) for number, part in sorted(self.hypercalls.parts.items())]
-        return [("scheduler", self.scheduler), ("emulator", self.emulator), *calls]
+        """Everything but memory and trace, as plain data; see `saving`."""
+        return saving.snapshot(self)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave; memory has been put back by the caller."""
-        self.cpu.instructions = saved["time"]
-        self.domains, self._vcpus = dict(saved["domains"]), dict(saved["vcpus"])
-        for domid, domain in self.domains.items():
-            domain.restore(saved["states"][domid])
-        self.current = None if saved["current"] is None else self._vcpus[saved["current"]]
-        self._slice_end, self._pick_needed = saved["slice"]
-        for name, part in self._parts():
-            load_part(part, saved["parts"][name])
-        self.heap.load(saved["heap"])
-        self.inputs.load(saved["inputs"])
-        self._gdt_pages = dict(saved["gdt"])
-        self.cpu.deadline = self._slice_end
-        if self.current is not None:
-            self.cpu.load(self.current.state)
+        saving.restore(self, saved)

@@ -3,8 +3,8 @@
 A domain owns machine frames and has one or more vCPUs.  Everything here is data; the
 mechanisms that act on it stand in files of their own.
 
-The invariant: a domain's state names only frames that the domain owns.  What breaks without
-it: destroying one domain would take memory from another.
+A domain knows its memory by pseudo-physical frame numbers; the list from these to machine frames is the
+domain's own affair.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from enum import Enum, auto
 from typing import Any
 
 from xenlab.abi.numbers import Shutdown
-from xenlab.hypervisor.layout import flat_segments, start_of
+from xenlab.hypervisor.layout import flat_segments, segments_end
 from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.paging import PagingMode
 from xenlab.machine.state import CpuState, Segment
 
 VECTORS = 256
@@ -67,8 +68,11 @@ class Vcpu:
         run_state: see `RunState`.
         fetch_faults: when an instruction last could not be fetched, and how often with none begun in between.
         domid: its domain's number.
-        address_limit: the first linear address that is not the guest's.
+        address_limit: the first linear address that the guest's segments do not reach.
         info: machine address of its part of the shared-information page.
+        gdt: frames of its descriptor table, behind the hypervisor's own page.
+        ldt: linear address and number of entries of its local descriptor table.
+        user_base: root table that it named for its applications, 0 for none.
         flat_code, flat_data: the hypervisor's flat segments by selector.
         translations, translated_at: see `GuestMemory`.
     """
@@ -83,6 +87,9 @@ class Vcpu:
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
     fetch_faults: tuple[int, int] = (-1, 0)
+    gdt: tuple[int, ...] = ()
+    ldt: tuple[int, int] = (0, 0)
+    user_base: int = 0
     domid: int = field(init=False)
     info: int = field(init=False)
     address_limit: int = field(init=False)
@@ -94,7 +101,7 @@ class Vcpu:
     def __post_init__(self) -> None:
         number = self.key % VCPUS_PER_DOMAIN
         self.domid = self.domain.domid
-        self.address_limit = start_of(self.state.mode)
+        self.address_limit = segments_end(self.state.mode)
         self.info = (self.domain.shared_info_mfn << PAGE_SHIFT) + number * VCPU_INFO_BYTES
         self.flat_code = flat_segments(self.state.mode, code=True)
         self.flat_data = flat_segments(self.state.mode, code=False)
@@ -114,6 +121,7 @@ class Vcpu:
             "control": dict(self.control),
             "run_state": (self.run_state, self.paused_from),
             "fetch_faults": self.fetch_faults,
+            "tables": (self.gdt, self.ldt, self.user_base),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -124,6 +132,7 @@ class Vcpu:
         self.control = dict(saved["control"])
         self.run_state, self.paused_from = saved["run_state"]
         self.fetch_faults = saved["fetch_faults"]
+        self.gdt, self.ldt, self.user_base = saved["tables"]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,9 +142,14 @@ class Domain:
     Attributes:
         domid: its number; 0 is the control domain.
         name: for people.
-        frames: machine frame of each pseudo-physical frame: ``frames[pfn] == mfn``.
+        mode: the format of its page tables.
+        frames: machine frame of each pseudo-physical frame when it was built: ``frames[pfn] == mfn``.
         own_tables: frames the hypervisor holds on the domain's behalf, never the guest's.
         shared_info_mfn: frame of the shared-information page.
+        hypervisor_slots: the hypervisor's entries in each top table of the domain's, by index.
+        pages: how many frames it has now; its reservation.
+        most_pages: how many it may have.
+        writable_tables: whether its stores to page tables are carried out (`writable_tables`).
         privileged: whether it may use the control interface.
         vcpus: its virtual CPUs.
         console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
@@ -148,9 +162,14 @@ class Domain:
 
     domid: int
     name: str
+    mode: PagingMode
     frames: list[int]
     own_tables: list[int]
     shared_info_mfn: int
+    hypervisor_slots: dict[int, int]
+    pages: int
+    most_pages: int
+    writable_tables: bool = False
     privileged: bool = False
     vcpus: list[Vcpu] = field(default_factory=list)
     console_out: bytearray = field(default_factory=bytearray)
@@ -187,7 +206,7 @@ class Domain:
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""
         return {
-            "frames": tuple(self.frames),
+            "memory": (self.pages, self.most_pages, self.writable_tables),
             "console": (bytes(self.console_out), bytes(self.console_in), self.console_lost),
             "end": (self.shutdown, self.report),
             "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
@@ -195,7 +214,7 @@ class Domain:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave."""
-        self.frames = list(saved["frames"])
+        self.pages, self.most_pages, self.writable_tables = saved["memory"]
         out, typed, self.console_lost = saved["console"]
         self.console_out, self.console_in = bytearray(out), bytearray(typed)
         self.shutdown, self.report = saved["end"]

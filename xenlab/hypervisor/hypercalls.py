@@ -22,12 +22,14 @@ from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.parts import is_mapping, wrong
+from xenlab.hypervisor.preemption import BATCHED_CALL_COST, Allowance, Continuation
 from xenlab.machine.memory import PAGE_SIZE
 
 Handler = Callable[..., int]
 _STUB_BYTES = 32
 _MULTICALL_ENTRY = 32
 MAX_MULTICALL = 4096
+_ARGUMENTS = ("ebx", "ecx", "edx", "esi", "edi", "ebp")
 _ADDRESSES = range(1 << 32)
 _NOT_IN_BATCHES = frozenset((int(Hypercall.multicall), int(Hypercall.iret)))
 
@@ -69,8 +71,8 @@ class HypercallTable:
         parts: those of `register_part`, by number.
     """
 
-    def __init__(self, guest_memory: GuestMemory) -> None:
-        self._guest = guest_memory
+    def __init__(self, guest_memory: GuestMemory, allowance: Allowance) -> None:
+        self._guest, self._allowance = guest_memory, allowance
         self.handlers: dict[int, Handler] = {}
         self.parts: dict[int, HypercallPart] = {}
         self.register(Hypercall.multicall, self._multicall)
@@ -98,11 +100,27 @@ class HypercallTable:
         self.register(number, handler)
 
     def _multicall(self, vcpu: Vcpu, address: int, count: int, *_: int) -> int:
-        """Do ``count`` calls from an array of entries, each with its result written back."""
+        """Do ``count`` calls from an array of entries, each with its result written back.
+
+        The calls share one allowance; what is left when it is used up is done when the guest makes the call again.
+        """
         if count > MAX_MULTICALL:
             raise HypercallError(Errno.EINVAL)
-        self._guest.check_writable(vcpu, address, count * _MULTICALL_ENTRY)
-        for at in range(address, address + count * _MULTICALL_ENTRY, _MULTICALL_ENTRY):
+        end = address + count * _MULTICALL_ENTRY
+        self._guest.check_writable(vcpu, address, end - address)
+        self._allowance.begin()
+        self._allowance.shared = True
+        try:
+            self._batch(vcpu, address, end)
+        finally:
+            self._allowance.shared = False
+        return 0
+
+    def _batch(self, vcpu: Vcpu, address: int, end: int) -> None:
+        for at in range(address, end, _MULTICALL_ENTRY):
+            if self._allowance.left <= 0:
+                raise Continuation(ebx=at, ecx=(end - at) // _MULTICALL_ENTRY)
+            self._allowance.left -= BATCHED_CALL_COST
             number, _result, ebx, ecx, edx, esi, edi, ebp = self._guest.read_words(vcpu, at, 8)
             # A batch inside a batch would let a guest build work of any depth; IRET would leave the batch.
             handler = _refused if number in _NOT_IN_BATCHES else self.handlers.get(number, unknown)
@@ -110,10 +128,19 @@ class HypercallTable:
                 result = handler(vcpu, ebx, ecx, edx, esi, edi, ebp)
             except HypercallError as refusal:
                 result = -refusal.errno
+            except Continuation as again:
+                self._keep_arguments(vcpu, at, again)
+                raise Continuation(ebx=at, ecx=(end - at) // _MULTICALL_ENTRY) from None
+            # A call may have unmapped the array that it stands in: then the batch ends with EFAULT.
             self._guest.write_words(vcpu, at + 4, (result & 0xFFFF_FFFF,))
             if vcpu.domain.ended:
                 break
-        return 0
+
+    def _keep_arguments(self, vcpu: Vcpu, at: int, again: Continuation) -> None:
+        """A call of the batch is to be made again: its new arguments go where it is read from."""
+        for name, value in again.registers.items():
+            place = at + 8 + 4 * _ARGUMENTS.index(name)
+            self._guest.write_words(vcpu, place, (value & 0xFFFF_FFFF,))
 
     def _read_or_none(self, vcpu: Vcpu, address: int, length: int) -> bytes | None:
         try:

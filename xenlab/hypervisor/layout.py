@@ -7,8 +7,14 @@ space, where nothing needs to be switched to reach it.
 The invariant: no guest can read, write or execute anything at or above `start_of`, except
 the pages that are mapped there for it read-only.  On the paper's machines the limits of the
 ring-1 and ring-3 segments see to that.  The emulated CPU does not check segment limits, so
-here the range is simply absent from the page tables, and a touch of it is reported to the
-guest as the limit violation that it would have been: #GP, not #PF.
+here the range is simply absent from the page tables, and a touch of it at or above `segments_end` is reported
+to the guest as the limit violation that it would have been: #GP, not #PF.
+
+What stands there, for guests to read or for the CPU to find::
+
+    start_of                the machine-to-physical list
+    GDT_BASE                the descriptor table: 14 pages of the guest's, two of the hypervisor's
+    LDT_BASE                the local descriptor table: pages of the guest's, put there when the CPU asks for them
 """
 
 from __future__ import annotations
@@ -21,15 +27,20 @@ from xenlab.abi.numbers import (
     FLAT_RING3_DS,
     HYPERVISOR_START_PAE,
     HYPERVISOR_START_TWO_LEVEL,
+    MACH2PHYS_END_PAE,
+    MACH2PHYS_END_TWO_LEVEL,
 )
+from xenlab.hypervisor.page_entries import Use
 from xenlab.machine.memory import PAGE_SIZE
-from xenlab.machine.paging import PAE, PagingMode
+from xenlab.machine.paging import PAE, TWO_LEVEL, PagingMode
 from xenlab.machine.segments import Descriptor, flat_code, flat_data
 from xenlab.machine.state import Segment
 
 # Linear address of the descriptor table: 16 pages, of which the last two are the hypervisor's.
 GDT_BASE = 0xFF00_0000
 GDT_LIMIT = 16 * PAGE_SIZE - 1
+LDT_BASE = GDT_BASE + GDT_LIMIT + 1
+LDT_PAGES = 16
 RESERVED_GDT_BASE = GDT_BASE + FIRST_RESERVED_GDT_PAGE * PAGE_SIZE
 
 
@@ -38,9 +49,33 @@ def start_of(mode: PagingMode) -> int:
     return HYPERVISOR_START_PAE if mode is PAE else HYPERVISOR_START_TWO_LEVEL
 
 
+def first_reserved_slot(mode: PagingMode, use: int) -> int | None:
+    """The first entry of a table, by its use, that belongs to the hypervisor; None where all are the guest's."""
+    return _RESERVED_SLOTS[mode.name] if use == Use.L2_TOP else None
+
+
+def m2p_slot(mode: PagingMode) -> int:
+    """The entry of the top table behind which the machine-to-physical list is mapped."""
+    return _slot(mode, start_of(mode))
+
+
+def descriptor_slot(mode: PagingMode) -> int:
+    """The entry of the top table behind which the descriptor tables are mapped."""
+    return _slot(mode, GDT_BASE)
+
+
+def _slot(mode: PagingMode, address: int) -> int:
+    return mode.levels[-2].index(address)
+
+
+def segments_end(mode: PagingMode) -> int:
+    """First linear address that no segment of a guest reaches: behind the machine-to-physical list."""
+    return MACH2PHYS_END_PAE if mode is PAE else MACH2PHYS_END_TWO_LEVEL
+
+
 def flat_descriptors(mode: PagingMode) -> dict[int, Descriptor]:
-    """The flat segments of every guest, by selector; they end below the hypervisor."""
-    limit = start_of(mode) - 1
+    """The flat segments of every guest, by selector; of the hypervisor's range they reach the first list only."""
+    limit = segments_end(mode) - 1
     return {
         FLAT_RING1_CS: flat_code(1, limit),
         FLAT_RING1_DS: flat_data(1, limit),
@@ -65,3 +100,6 @@ def reserved_gdt_page(mode: PagingMode) -> bytes:
         offset = (selector & ~7) - FIRST_RESERVED_GDT_PAGE * PAGE_SIZE
         page[offset : offset + 8] = descriptor.encode().to_bytes(8, "little")
     return bytes(page)
+
+
+_RESERVED_SLOTS = {mode.name: m2p_slot(mode) for mode in (TWO_LEVEL, PAE)}

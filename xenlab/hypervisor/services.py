@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xenlab.abi.numbers import ConsoleIo, Errno, Hypercall, SchedOp, Shutdown, XenVersion
+from xenlab.abi.numbers import (
+    ConsoleIo,
+    Errno,
+    Hypercall,
+    SchedOp,
+    Shutdown,
+    VmAssist,
+    VmAssistType,
+    XenVersion,
+)
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import VECTORS, Vcpu
 from xenlab.hypervisor.layout import start_of
@@ -41,6 +50,7 @@ class Services:
         table.register(Hypercall.console_io, self.console_io)
         table.register(Hypercall.xen_version, self.xen_version)
         table.register(Hypercall.sched_op, self.sched_op)
+        table.register(Hypercall.vm_assist, self.vm_assist)
 
     def set_trap_table(self, vcpu: Vcpu, address: int, *_: int) -> int:
         """Register exception handlers from an array of ``trap_info`` that ends with address 0.
@@ -132,6 +142,14 @@ class Services:
             XenVersion.COMMANDLINE: bytes(1024),
         }
         return answers.get(command)
+
+    def vm_assist(self, vcpu: Vcpu, command: int, kind: int, *_: int) -> int:
+        """Switch a help for ported kernels on or off; the one that does anything here is writable page tables."""
+        if command not in (VmAssist.ENABLE, VmAssist.DISABLE) or kind not in VmAssistType._value2member_map_:
+            raise HypercallError(Errno.ENOSYS if command > VmAssist.DISABLE else Errno.EINVAL)
+        if kind == VmAssistType.WRITABLE_PAGETABLES:
+            vcpu.domain.writable_tables = command == VmAssist.ENABLE
+        return 0
 
     def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Yield the CPU, block until something happens, or end the domain."""

@@ -34,6 +34,9 @@ class Kind(IntEnum):
     DOMAIN = 8  # what happened to it, in one word
     CRASH = 9  # reason
     INPUT = 10  # description of something from outside
+    FLUSH = 11  # reason, linear address of a single page or 0
+    TABLE_WRITE = 12  # frame of the l1 table, changes as a tuple of (index, old, new), whether they were kept
+    REFUSED = 13  # frame of the table, index, entry, errno
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -48,6 +51,9 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.DOMAIN: ("change",),
     Kind.CRASH: ("reason",),
     Kind.INPUT: ("what",),
+    Kind.FLUSH: ("reason", "address"),
+    Kind.TABLE_WRITE: ("table", "changes", "kept"),
+    Kind.REFUSED: ("table", "index", "entry", "errno"),
 }
 
 

@@ -35,6 +35,7 @@ from xenlab.machine.paging import PAE, PagingMode
 from xenlab.machine.state import CC_OP, CR2, ContextState, CpuState
 
 TrapHandler = Callable[[int, int, int], None]
+StepHandler = Callable[[bool], None]
 
 DIVIDE, DEBUG, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 3, 4, 6, 7, 8
 INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT, MACHINE_CHECK = 10, 11, 12, 13, 14, 17, 18
@@ -92,6 +93,14 @@ class Cpu(Protocol):
         """From the handler: end the run after this trap."""
         ...
 
+    def single_step(self, done: StepHandler) -> None:
+        """From the handler: execute one instruction, or one round of a repeated one, and then call ``done``.
+
+        It takes no time: the trap before it has been counted.  If it traps in turn, ``done`` is called with
+        true, and then the handler.
+        """
+        ...
+
     def flush_tlb(self) -> None:
         """Forget all cached translations before the next instruction."""
         ...
@@ -129,6 +138,7 @@ class ProbedCpu:
         self._failure: BaseException | None = None
         self._leaving: Context | None = None
         self._leaving_vector = 0
+        self._step: StepHandler | None = None
         self._flush = True
         self.flushes = 0
         power_on(self._engine)
@@ -140,7 +150,9 @@ class ProbedCpu:
         self._reset.resume()
         set_paging(self._engine, mode)
         self._flush = True
-        return ContextState(self._engine, self._layout, mode, cr3)
+        state = ContextState(self._engine, self._layout, mode, cr3)
+        state.set_ldt(0, 0)  # after a reset it would be all of the first 64 KiB
+        return state
 
     def set_gdt(self, base: int, limit: int) -> None:
         self._reset.resume()
@@ -169,6 +181,16 @@ class ProbedCpu:
         self._engine.write("cr0", CR0 & ~_CR0_PG)
         self._engine.uc.ctl_remove_cache(begin, end)
         self._engine.write("cr0", CR0)
+
+    def single_step(self, done: StepHandler) -> None:
+        self._step = done
+        self._counter[1] = self._counter[0] + 1
+
+    def _end_step(self, trapped: bool) -> None:
+        """What `single_step` asked for has been done, as far as it went."""
+        done, self._step = self._step, None
+        assert done is not None
+        done(trapped)
 
     def stop(self) -> None:
         if self._stopping is None:
@@ -215,6 +237,9 @@ class ProbedCpu:
         if failure is not None:
             raise failure
         self.state.capture_stopped()
+        if self._step is not None:
+            self._base -= 1
+            self._end_step(False)
         if self._leaving is not None:
             self._leave()
         elif status or reached <= before:
@@ -246,6 +271,10 @@ class ProbedCpu:
             state = self.state
             state.capture()
             try:
+                if self._step is not None:
+                    self._counter[0] -= 1
+                    self.deadline = self._deadline
+                    self._end_step(True)
                 if vector >= 32:
                     self.handler(vector, 0, 0)
                 elif self._leaving is None:  # else: the single step behind an instruction that will not have happened

@@ -47,6 +47,7 @@ class Faulting(Protocol):
     cr3: int
     eip: int
     gdt: tuple[int, int]
+    ldt: tuple[int, int]
 
     @property
     def cpl(self) -> int: ...
@@ -100,10 +101,11 @@ class PageFaultCodes:
         name = instruction.mnemonic if instruction else ""
         if name in _FAR_RETURNS or (name == "lcall" and kind == unicorn.UC_MEM_WRITE):
             return True
-        base, limit = self._state.gdt
         if name in ("mov", "pop") and instruction.reg_name(instruction.operands[0].reg) not in SEGMENTS:
             return False
-        return name in _READS_DESCRIPTOR and base & PAGE_MASK <= address <= base + limit
+        tables = (self._state.gdt, self._state.ldt)
+        in_table = any(limit and base & PAGE_MASK <= address <= base + limit for base, limit in tables)
+        return name in _READS_DESCRIPTOR and in_table
 
 
 class SelectorCodes:
@@ -155,8 +157,8 @@ class SelectorCodes:
         return self._stack(state, size * (4 if is_iret else 3) + skipped)
 
     def _is_return_target(self, state: Any, selector: int) -> bool:
-        base, limit = state.gdt
-        if selector & 4 or selector | 7 > limit or selector & 3 < state.cpl:
+        base, limit = state.ldt if selector & 4 else state.gdt
+        if selector | 7 > limit or selector & 3 < state.cpl:
             return False
         value = int.from_bytes(read_linear(self._memory, state, base + (selector & ~7), 8), "little")
         found = Descriptor.decode(value)

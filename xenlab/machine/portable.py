@@ -48,6 +48,7 @@ from xenlab.machine.cpu import (
     SLICE,
     SOFTWARE,
     WITH_ERROR_CODE,
+    StepHandler,
     TrapHandler,
     install_instruction_hooks,
     power_on,
@@ -64,16 +65,17 @@ from xenlab.machine.segments import Descriptor, flat_data
 from xenlab.machine.state import VM, Segment
 
 # Above 2 GiB, the most that machine memory can have, and below every guest's segment limit.
-_SCRATCH, _SCRATCH_BYTES = 0xF000_0000, 0x2_0000
-_TABLE, _STUB, _STACK = _SCRATCH, _SCRATCH + 0x1_0000, _SCRATCH + 0x1_8000
+_SCRATCH, _SCRATCH_BYTES = 0xF000_0000, 0x3_0000
+_TABLE, _STUB, _STACK, _LOCAL = (_SCRATCH + at for at in (0, 0x1_0000, 0x1_8000, 0x2_0000))
 _TABLE_LIMIT, _RING0_SS = 0xFFFF, 8
+_TABLE_INDICATOR = 4
 _PAGING = 0x8000_0000
 _IRETD = b"\xcf"
 _SHORT_INTERRUPTS = {3: b"\xcc", 4: b"\xce"}
 _INTEGER = (*GENERAL, "eip", "eflags", "cr2", *SEGMENTS)
 # Those that only ring 0 can load, besides the GDT's; CR0 last, since it switches paging on.
 _SYSTEM = tuple(getattr(x86, f"UC_X86_REG_{name}") for name in ("IDTR", "LDTR", "TR", "CR4", "CR0"))
-_DPL, _VM_SEGMENT = 3 << 45, 0xF300
+_DPL, _VM_SEGMENT, _PRESENT_LDT = 3 << 45, 0xF300, 0x8200
 
 
 class PortableCpu:
@@ -97,6 +99,7 @@ class PortableCpu:
         self._stopping = False
         self._vector: int | None = None
         self._leaving: Context | None = None
+        self._step: StepHandler | None = None
         self._begun = self._last = 0
         self._integer = RegisterBatch(engine, [(REGISTER_IDS[name], 4) for name in _INTEGER])
         self._floating = RegisterBatch(engine, [FLOATING_POINT[name] for name in FLOATING_ORDER])
@@ -104,6 +107,7 @@ class PortableCpu:
         engine.uc.mem_write(_STUB, _IRETD)
         power_on(engine)
         self._write_gdt(_TABLE, _TABLE_LIMIT)
+        engine.uc.reg_write(x86.UC_X86_REG_LDTR, (0, _LOCAL, _TABLE_LIMIT, _PRESENT_LDT))
         # After a reset the cached stack segment is a 16-bit one, whatever the hidden flags say.
         engine.write("cr0", CR0 & ~_PAGING)
         engine.uc.mem_write(_TABLE + _RING0_SS, flat_data(0).encode().to_bytes(8, "little"))
@@ -133,6 +137,9 @@ class PortableCpu:
         self._engine.write("cr0", CR0 & ~_PAGING)
         self._engine.uc.ctl_remove_cache(begin, end)
 
+    def single_step(self, done: StepHandler) -> None:
+        self._step = done
+
     def stop(self) -> None:
         self._stopping = True
 
@@ -141,6 +148,8 @@ class PortableCpu:
         with deferred_interrupts() as mark:
             while not self._stopping and (left := min(end, self.deadline) - self.instructions) > 0:
                 self._run_to_trap(min(left, SLICE))
+                while self._step is not None:
+                    self._run_to_trap(1)
                 mark.check()
 
     def _run_to_trap(self, limit: int) -> None:
@@ -152,6 +161,10 @@ class PortableCpu:
         if self._leaving is not None:
             self._leaving.resume()
         self._collect(self.state)
+        if self._step is not None:
+            done, self._step = self._step, None
+            self.instructions -= begun
+            done(self._vector is not None)
         if self._vector is not None:
             self._trap(self._vector)
         elif status or not begun:
@@ -198,7 +211,7 @@ class PortableCpu:
         before = state.caches[name]
         if before.selector == selector:
             return before
-        base, _limit = state.gdt
+        base, _limit = state.ldt if selector & _TABLE_INDICATOR else state.gdt
         found = walk(self.memory, state.mode, state.cr3, base + (selector & ~7), READ, update=False)
         if selector < 4 or isinstance(found, PageFault):
             return Segment.of(selector, None)
@@ -224,6 +237,8 @@ class PortableCpu:
         engine.write_cr3(state.cr3)
 
     def _write_system(self, state: PortableState) -> None:
+        if not state.system:
+            self._engine.uc.reg_write(x86.UC_X86_REG_LDTR, (0, *state.ldt, _PRESENT_LDT))
         for number, value in zip(_SYSTEM, state.system, strict=False):
             self._engine.uc.reg_write(number, value)
         if not state.system:
@@ -264,7 +279,8 @@ class PortableCpu:
         if cache.selector >= 4:
             flags = cache.attributes >> 20 & 0xF
             value = Descriptor(cache.base, cache.limit, cache.attributes >> 8 & 0xFF, flags).encode() | also
-            self._engine.uc.mem_write(_TABLE + (cache.selector & 0xFFF8), value.to_bytes(8, "little"))
+            table = _LOCAL if cache.selector & _TABLE_INDICATOR else _TABLE
+            self._engine.uc.mem_write(table + (cache.selector & 0xFFF8), value.to_bytes(8, "little"))
 
     def _write_gdt(self, base: int, limit: int) -> None:
         self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))

@@ -28,6 +28,7 @@ class PortableState:
 
     Attributes:
         gdt: linear address and limit of the descriptor table.
+        ldt: the same of the local one.
         system: IDTR, LDTR, TR, CR4 and CR0 as Unicorn gives them, once the state has run in ring 0.
         floating: the x87 and SSE registers, as `RegisterBatch` reads them.
     """
@@ -43,7 +44,7 @@ class PortableState:
     eip: int
 
     def __init__(self, floating: bytes, mode: PagingMode, cr3: int, gdt: tuple[int, int]) -> None:
-        self.mode, self.cr3, self.gdt = mode, cr3, gdt
+        self.mode, self.cr3, self.gdt, self.ldt = mode, cr3, gdt, (0, 0)
         self.system: list[int | tuple[int, ...]] = []
         self.floating = floating
         self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}
@@ -70,6 +71,9 @@ class PortableState:
         self.caches[name] = Segment.of(selector, descriptor)
         if name == "ss" and descriptor is not None:
             self._cpl = descriptor.dpl
+
+    def set_ldt(self, base: int, limit: int) -> None:
+        self.ldt = base, limit
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
         return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi
@@ -108,16 +112,27 @@ class PortableState:
 
     def save(self) -> bytes:
         caches = [[c.selector, c.base, c.limit, c.attributes] for c in self.caches.values()]
-        numbers = [self.general(), self.eip, self._eflags, self.cr2, self.cr3, self._cpl, self.gdt, self.system, caches]
+        numbers = [
+            self.general(),
+            self.eip,
+            self._eflags,
+            self.cr2,
+            self.cr3,
+            self._cpl,
+            self.gdt,
+            self.ldt,
+            self.system,
+            caches,
+        ]
         return self.floating + json.dumps(numbers).encode()
 
     def restore(self, saved: bytes) -> None:
         size = len(self.floating)
         self.floating = saved[:size]
-        general, *numbers, gdt, system, caches = json.loads(saved[size:])
+        general, *numbers, gdt, ldt, system, caches = json.loads(saved[size:])
         self.eip, self._eflags, self.cr2, self.cr3, self._cpl = numbers
         self.set_general(general)
-        self.gdt = gdt[0], gdt[1]
+        self.gdt, self.ldt = (gdt[0], gdt[1]), (ldt[0], ldt[1])
         self.system = [tuple(value) if isinstance(value, list) else value for value in system]
         self.caches = {name: Segment(*cache) for name, cache in zip(SEGMENTS, caches, strict=True)}
 

@@ -46,6 +46,11 @@ class Descriptor:
         return bool(self.access & PRESENT)
 
     @property
+    def is_segment(self) -> bool:
+        """Whether it describes code or data, not a gate or a table."""
+        return bool(self.access & S_BIT)
+
+    @property
     def is_code(self) -> bool:
         return self.access & (S_BIT | CODE) == S_BIT | CODE
 

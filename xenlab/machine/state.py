@@ -42,6 +42,8 @@ CR2 = at.CONTROL // 4 + 4
 _EXCEPTION = struct.Struct("<III")
 _HEAD_BYTES = at.CONTROL + 5 * 8
 _EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
+_LDT = _CACHES + _STRIDE * len(SEGMENTS)
+_PRESENT_LDT = 0x8200  # the attributes that LLDT would load
 _ESP = 8
 _BIG = 1 << 22  # D/B in the second word of a descriptor
 _FOLLOWING = at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG
@@ -120,6 +122,10 @@ class CpuState(Protocol):
 
     def load_segment(self, name: str, selector: int, descriptor: Descriptor | None) -> None:
         """Load a segment register without any check; loading ``ss`` sets the ring."""
+        ...
+
+    def set_ldt(self, base: int, limit: int) -> None:
+        """Let the CPU look for local descriptors at linear address ``base``, up to offset ``limit``."""
         ...
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -257,6 +263,9 @@ class ContextState:
         if name == "ss" and descriptor is not None:
             words[_HFLAGS] = words[_HFLAGS] & ~at.HF_CPL | descriptor.dpl
         words[_HFLAGS] = words[_HFLAGS] & ~_FOLLOWING | self._following()
+
+    def set_ldt(self, base: int, limit: int) -> None:
+        self.words[_LDT + 2], self.words[_LDT + 4], self.words[_LDT + 5] = base, limit, _PRESENT_LDT
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
         head = self._head

@@ -17,7 +17,7 @@ from hashlib import blake2b
 from typing import Any
 
 from xenlab.hypervisor.core import Hypervisor
-from xenlab.hypervisor.heap import FREE
+from xenlab.hypervisor.frames import FREE
 
 _PLAIN = (int, float, str, bytes, Enum, type(None))
 
@@ -27,7 +27,7 @@ def machine_hash(hypervisor: Hypervisor) -> str:
     digest = blake2b(digest_size=16)
     for part in _state(hypervisor):
         digest.update(_encode(part))
-    for mfn, owner in enumerate(hypervisor.heap.owner):
+    for mfn, owner in enumerate(hypervisor.frames.owner):
         if owner != FREE:
             digest.update(hypervisor.memory.frame(mfn))
     return digest.hexdigest()
@@ -35,14 +35,15 @@ def machine_hash(hypervisor: Hypervisor) -> str:
 
 def _state(hypervisor: Hypervisor) -> Iterator[Any]:
     saved = hypervisor.snapshot()
-    for name in ("time", "current", "slice", "parts", "inputs", "gdt"):
+    for name in ("time", "current", "slice", "parts", "inputs", "shared", "tables"):
         yield saved[name]
-    for numbers in saved["heap"].values():
-        yield array("i", numbers).tobytes()
+    for name, column in saved["frames"].items():
+        if name != "left":  # in flushes of the TLB, which replays have more of
+            yield array("i", column).tobytes()
     for domid, domain in sorted(hypervisor.domains.items()):
         state = saved["states"][domid]
         yield domid, domain.name, domain.privileged, domain.own_tables, domain.shared_info_mfn
-        yield state["frames"], state["console"], domain.shutdown
+        yield state["memory"], state["console"], domain.shutdown
         for vcpu, virtual in zip(domain.vcpus, state["vcpus"], strict=True):
             yield vcpu.key, vcpu.state.architectural()
             yield {name: value for name, value in virtual.items() if name != "registers"}

@@ -6,7 +6,7 @@ pages change.
 
 The invariant: a snapshot holds the content of every frame that is not zero, and frames that
 did not change since the snapshot before it are the same ``bytes`` object.  Frames that are
-free are zero (`hypervisor.heap`), so they are neither read nor kept, and memory that no
+free are zero (`hypervisor.frames`), so they are neither read nor kept, and memory that no
 domain owns never becomes resident on the host.  What breaks without it: either the past is
 wrong, or a run of a minute fills the host's memory.
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xenlab.hypervisor.core import Hypervisor
-from xenlab.hypervisor.heap import FREE
+from xenlab.hypervisor.frames import FREE
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 
 Pages = dict[int, bytes]
@@ -49,7 +49,7 @@ def take(hypervisor: Hypervisor, events: int, before: Pages) -> Snapshot:
     """The machine as it is now; what equals ``before`` is shared with it."""
     pages: Pages = {}
     memory = hypervisor.memory.bytes
-    for mfn, owner in enumerate(hypervisor.heap.owner):
+    for mfn, owner in enumerate(hypervisor.frames.owner):
         if owner != FREE:
             start = mfn << PAGE_SHIFT
             data, old = bytes(memory[start : start + PAGE_SIZE]), before.get(mfn, _ZERO)
@@ -63,7 +63,7 @@ def take(hypervisor: Hypervisor, events: int, before: Pages) -> Snapshot:
 def put_back(hypervisor: Hypervisor, snapshot: Snapshot) -> None:
     """Make the machine what it was; only pages that differ are written."""
     memory, pages = hypervisor.memory.bytes, snapshot.pages
-    owned = {mfn for mfn, owner in enumerate(hypervisor.heap.owner) if owner != FREE}
+    owned = {mfn for mfn, owner in enumerate(hypervisor.frames.owner) if owner != FREE}
     for mfn in sorted(owned | pages.keys()):
         start, data = mfn << PAGE_SHIFT, pages.get(mfn, _ZERO)
         if bytes(memory[start : start + PAGE_SIZE]) != data:

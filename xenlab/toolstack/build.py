@@ -24,11 +24,11 @@ from xenlab.abi.structures import COMMAND_LINE_BYTES, START_INFO_MAGIC, StartInf
 from xenlab.errors import ImageError
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Vcpu
-from xenlab.hypervisor.heap import EMPTY_FRAME, XEN
 from xenlab.hypervisor.hypercalls import hypercall_page
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, RESERVED_GDT_BASE, flat_descriptors, start_of
+from xenlab.hypervisor.layout import GDT_BASE, flat_descriptors, start_of
+from xenlab.hypervisor.lifecycle import add_vcpu, frames_beside, new_domain
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
-from xenlab.machine.paging import ACCESSED, DIRTY, NX, PRESENT, RW, USER, Level, PagingMode
+from xenlab.machine.paging import ACCESSED, DIRTY, PRESENT, RW, USER, Level, PagingMode
 from xenlab.machine.state import IF
 from xenlab.toolstack.image import Image
 
@@ -72,24 +72,20 @@ def build(
     """
     plan = _plan(image, memory_mib, command_line)
     tables = plan.stack - plan.tables
-    domid = hypervisor.free_domid()
-    needed = plan.total + 2 + len(image.mode.levels)
-    if needed > hypervisor.heap.free_frames:
+    needed = plan.total + frames_beside(hypervisor, image.mode)
+    if needed > hypervisor.frames.free_frames:
         raise ImageError(
             f"image {image.name!r}: a domain of {memory_mib} MiB needs {needed} free frames, "
-            f"{hypervisor.heap.free_frames} are left"
+            f"{hypervisor.frames.free_frames} are left"
         )
-    frames = hypervisor.heap.allocate(plan.total, domid)
-    (shared_info,) = hypervisor.heap.allocate(1, XEN)
-    own = hypervisor.heap.allocate(1, XEN)
-    domain = Domain(domid, image.name, frames, own, shared_info, privileged, symbols=dict(image.symbols))
+    domain = new_domain(hypervisor, image.name, image.mode, plan.total, privileged=privileged)
+    domain.symbols.update(image.symbols)
     builder = _Builder(hypervisor, image, plan, domain)
     builder.load_image()
     builder.write_p2m()
     builder.write_start_info(command_line, tables)
     cr3 = builder.write_page_tables()
-    domain.vcpus.append(builder.first_vcpu(cr3))
-    hypervisor.add_domain(domain)
+    add_vcpu(hypervisor, builder.first_vcpu(cr3))
     return domain
 
 
@@ -182,7 +178,8 @@ class _Builder:
         if self._image.shared_info is not None:
             flags = PRESENT | ACCESSED | DIRTY | RW
             self._map(root, self._image.shared_info, self._domain.shared_info_mfn, flags)
-        self._map_hypervisor(root)
+        if len(self._image.mode.levels) > 2:  # the hypervisor's range needs a table to stand in, from the start
+            self._descend(root, GDT_BASE, stop_above_l1=True)
         return root << PAGE_SHIFT
 
     def first_vcpu(self, cr3: int) -> Vcpu:
@@ -201,19 +198,6 @@ class _Builder:
         vcpu = Vcpu(self._domain.domid * VCPUS_PER_DOMAIN, self._domain, state)
         vcpu.kernel_ss, vcpu.kernel_esp = FLAT_RING1_SS, state.esp
         return vcpu
-
-    def _map_hypervisor(self, root: int) -> None:
-        """The descriptor table, read-only and but for the hypervisor's page empty, through a table that is Xen's."""
-        mode = self._image.mode
-        (top,) = self._domain.own_tables
-        table, level = self._descend(root, RESERVED_GDT_BASE, stop_above_l1=True)
-        entry = mode.entry(top, PRESENT | RW | ACCESSED)
-        mode.write(self._memory, table << PAGE_SHIFT, level.index(RESERVED_GDT_BASE), entry)
-        flags = PRESENT | ACCESSED | (NX if mode.has_nx else 0)
-        for address in range(GDT_BASE, GDT_BASE + GDT_LIMIT, PAGE_SIZE):
-            # A selector with no descriptor has to find an empty one: #GP with the selector, not a page fault.
-            mfn = self._xen.gdt_page(mode) if address == RESERVED_GDT_BASE else EMPTY_FRAME
-            mode.write(self._memory, top << PAGE_SHIFT, mode.levels[-1].index(address), mode.entry(mfn, flags))
 
     def _map(self, root: int, address: int, mfn: int, flags: int) -> None:
         mode = self._image.mode

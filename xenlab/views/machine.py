@@ -7,11 +7,12 @@ and where it lies, as a map in which a cell takes the colour of its most frequen
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
-from xenlab.hypervisor.heap import FREE, XEN
+from xenlab.hypervisor.frames import FREE, XEN
 from xenlab.views.canvas import MONO_WIDTH, WIDTH, Canvas, clip, printable
 from xenlab.views.palette import domain_colour
 from xenlab.views.picture import Picture, table
@@ -48,7 +49,7 @@ class MachineView(Picture):
 
     def owners(self) -> dict[int, int]:
         """Frames by owner: `XEN`, domain ids in order, `FREE`."""
-        count = Counter(self._xen.heap.owner)
+        count = Counter(self._xen.frames.owner)
         order = [XEN, *sorted(owner for owner in count if owner >= 0), FREE]
         return {owner: count[owner] for owner in order}
 
@@ -103,7 +104,7 @@ class MachineView(Picture):
         return f"{self._xen.now:,} instructions, {running}"
 
     def _memory(self, canvas: Canvas, top: float) -> float:
-        owners, frames = self.owners(), len(self._xen.heap.owner)
+        owners, frames = self.owners(), len(self._xen.frames.owner)
         x = 16.0
         for owner, count in owners.items():
             label = f"{_owner_name(owner)} {_size(count)}"
@@ -113,7 +114,7 @@ class MachineView(Picture):
             if x > WIDTH - 120:
                 break
         _bar(canvas, owners, frames, top + 21)
-        cells = _cells(self._xen.heap.owner)
+        cells = _cells(self._xen.frames.owner)
         rows = -(-len(cells) // _COLUMNS)
         canvas.rect(16, top + 43, _COLUMNS * _CELL, rows * _CELL, "soft")
         for owner in sorted(set(cells) - {FREE}):
@@ -131,7 +132,7 @@ def _bar(canvas: Canvas, owners: dict[int, int], frames: int, top: float) -> Non
         x += wide
 
 
-def _cells(owner: list[int]) -> list[int]:
+def _cells(owner: Sequence[int]) -> list[int]:
     """The owner to show in each cell: the most frequent one that is not `FREE`."""
     size = max(1, -(-len(owner) // _CELLS))
     cells = []

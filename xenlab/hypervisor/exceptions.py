@@ -1,0 +1,100 @@
+"""What becomes of an exception (paper 2.1.2, 3.1).
+
+An exception that is not a hypercall is one of these, in this order of asking:
+
+* a store to a page table, which is carried out under supervision (`writable_tables`);
+* the CPU's own look into a page of the LDT that it has not been shown yet (`descriptor_tables`);
+* a touch of the hypervisor's range, which is a limit violation to the guest;
+* a privileged instruction, which is emulated (`emulate`);
+* the guest's own affair: it goes to the handler that the guest registered (`traps`), and if there is none, or it
+  cannot be entered, the guest is ended with a report.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.emulate import carry_out
+from xenlab.hypervisor.layout import LDT_BASE
+from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.traps import Undeliverable
+from xenlab.hypervisor.writable_tables import WritableTables
+from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, SOFTWARE
+
+if TYPE_CHECKING:
+    from xenlab.hypervisor.core import Hypervisor
+
+_U32 = 0xFFFF_FFFF
+_LONGEST_INSTRUCTION = 15
+# So many faults at fetching an instruction, with none begun in between, end a guest.
+_TRIPLE = 3
+_USER_ACCESS = 4  # in a page fault's error code
+
+
+class Exceptions:
+    """Takes every exception of a guest that is not a hypercall."""
+
+    def __init__(self, xen: Hypervisor) -> None:
+        self._xen, self._traps = xen, xen.traps
+        self._open = WritableTables(xen, self._refused_store).open
+
+    def handle(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
+        """Vector, error code and address are the CPU's."""
+        if vector >= 32:
+            error = SOFTWARE
+        elif vector == PAGE_FAULT:
+            if self._open(vcpu, error, address):
+                return
+            if address >= vcpu.address_limit:
+                if error & _USER_ACCESS == 0 and self._xen.descriptor_tables.page_in_ldt(vcpu, address):
+                    return
+                vector, error, address = self._beyond(vcpu, error, address)
+        if self._xen.trace is not None:
+            frame = vcpu.state.frame()
+            values = vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3
+            self._xen.record(Kind.TRAP, vcpu.domid, *values)
+        if error == SOFTWARE:
+            vector, error = self._traps.software_interrupt(vcpu, vector)
+        elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
+            return
+        self._deliver(vcpu, vector, error, address)
+
+    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
+        xen = self._xen
+        try:
+            done = self._traps.deliver(vcpu, vector, error, address)
+        except Undeliverable as reason:
+            xen.crash(vcpu, str(reason))
+            return
+        if xen.trace is not None:
+            xen.record(Kind.DELIVER, vcpu.domid, vector, *done)
+        # A handler that cannot be fetched either would fault for ever while no time passes.
+        if address and address == done[4][1] and vcpu.fetch_fault(xen.now) == _TRIPLE:
+            xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
+
+    def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:
+        """What a touch of the hypervisor's range is to the guest: vector, error code and address.
+
+        The CPU's own look into an LDT that is not there is a page fault at the guest's address.  Anything else
+        the segment limits of the paper's machines stop before paging sees it.
+        """
+        offset, (base, entries) = address - LDT_BASE, vcpu.ldt
+        if error & _USER_ACCESS == 0 and 0 <= offset < entries << 3:
+            return PAGE_FAULT, error, base + offset & _U32
+        return PROTECTION, 0, address
+
+    def _refused_store(self, vcpu: Vcpu, error: int, address: int) -> None:
+        """A store to a page table was not allowed after all: the guest gets its page fault."""
+        self._deliver(vcpu, PAGE_FAULT, error, address)
+        if self._xen.pick_needed:
+            self._xen.switch()
+
+    def _emulate(self, vcpu: Vcpu) -> bool:
+        xen = self._xen
+        code, eip = xen.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION), vcpu.state.eip
+        changes = carry_out(xen.emulator, vcpu, code, xen.now) if code else None
+        if changes is None:
+            return False
+        xen.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
+        return True

@@ -1,0 +1,117 @@
+"""The birth and the end of a domain, as far as it is the hypervisor's affair (paper 2.3, 3.4).
+
+The control domain's tools decide what a domain is made of; the hypervisor gives it a number, frames and
+its shared page, checks the page tables that the tools have written as it checks any guest's, and
+takes everything back at the end.
+
+The invariant: from its first instruction on a domain runs on page tables that were validated, and after its end
+nothing of it is left but what other domains still map.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xenlab.abi.numbers import Shutdown
+from xenlab.errors import HypercallError, ImageError, MachineError
+from xenlab.hypervisor.domain import Domain, Vcpu
+from xenlab.hypervisor.frames import PINNED, XEN
+from xenlab.hypervisor.page_tables import root_use
+from xenlab.hypervisor.trace import Kind
+from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.paging import PagingMode
+
+if TYPE_CHECKING:
+    from xenlab.hypervisor.core import Hypervisor
+
+
+def new_domain(xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, privileged: bool = False) -> Domain:
+    """A domain with memory and without a vCPU; nobody has its number yet.
+
+    Args:
+        xen: where.
+        name: for people.
+        mode: the format of its page tables.
+        pages: how many frames it gets, and may have.
+        privileged: whether it is the control domain.
+
+    Raises:
+        MachineError: not enough free frames; nothing is changed then.
+    """
+    needed = pages + frames_beside(xen, mode)
+    if needed > xen.frames.free_frames:
+        raise MachineError(f"out of machine memory: {needed} frames wanted, {xen.frames.free_frames} free")
+    xen.allowance.unlimited()
+    domid = free_domid(xen)
+    xen.shared_pages.make(mode)
+    shared_info, own_table = xen.frames.allocate(2, XEN)
+    xen.shared_pages.fill_own_table(mode, own_table)
+    slots = xen.shared_pages.slots(mode, own_table)
+    domain = Domain(domid, name, mode, [], [own_table], shared_info, slots, 0, pages, privileged=privileged)
+    xen.domains[domid] = domain
+    xen.reservations.adopt(domain, shared_info)
+    domain.frames.extend(xen.reservations.allocate(domain, pages))
+    for pfn, mfn in enumerate(domain.frames):
+        xen.frames.m2p[mfn] = pfn
+    return domain
+
+
+def frames_beside(xen: Hypervisor, mode: PagingMode) -> int:
+    """How many frames a new domain costs besides its own memory."""
+    return 2 if xen.shared_pages.are_made(mode) else 4
+
+
+def free_domid(xen: Hypervisor) -> int:
+    """The lowest domain id that is not in use."""
+    return next(number for number in range(len(xen.domains) + 1) if number not in xen.domains)
+
+
+def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
+    """Let a new vCPU begin, paused, on the page tables that its state names; they are pinned.
+
+    Raises:
+        ImageError: they are not valid; nothing is changed then.
+    """
+    domain, root = vcpu.domain, vcpu.state.cr3 >> PAGE_SHIFT
+    use = root_use(domain.mode)
+    xen.allowance.unlimited()
+    try:
+        xen.page_tables.take(domain, root, use)
+    except HypercallError as refusal:
+        raise ImageError(
+            f"domain {domain.domid} ({domain.name}): its first page tables are not valid (errno {refusal.errno})"
+        ) from None
+    xen.page_tables.take(domain, root, use)
+    xen.frames.flags[root] |= PINNED
+    domain.vcpus.append(vcpu)
+    xen.vcpus[vcpu.key] = vcpu
+    xen.record(Kind.DOMAIN, domain.domid, "created")
+
+
+def destroy(xen: Hypervisor, domain: Domain) -> None:
+    """End ``domain`` if it still lives and give its frames, scrubbed, back to the free ones.
+
+    Once; its number and its frames may by then be another's.
+    """
+    if xen.domains.get(domain.domid) is not domain:
+        return
+    if not domain.ended:
+        xen.shut_down(domain, Shutdown.POWEROFF)
+    xen.allowance.unlimited()
+    for vcpu in domain.vcpus:
+        _drop_tables(xen, vcpu)
+        del xen.vcpus[vcpu.key]
+        if xen.current is vcpu:
+            xen.current = None
+    xen.reservations.reclaim(domain)
+    xen.frames.release(domain.own_tables)
+    del xen.domains[domain.domid]
+    xen.record(Kind.DOMAIN, domain.domid, "destroyed")
+
+
+def _drop_tables(xen: Hypervisor, vcpu: Vcpu) -> None:
+    """No page table and no descriptor table of a vCPU that ended is in use any more."""
+    xen.descriptor_tables.release(vcpu)
+    for mfn in (vcpu.state.cr3 >> PAGE_SHIFT, vcpu.user_base):
+        if mfn:
+            xen.page_tables.drop(vcpu.domain, mfn, root_use(vcpu.domain.mode))
