@@ -81,7 +81,12 @@ def abi_symbols() -> dict[str, int]:
     names |= {f"SHUTDOWN_{reason.name.lower()}": reason.value for reason in numbers.Shutdown}
     names |= {f"CONSOLEIO_{command.name.lower()}": command.value for command in numbers.ConsoleIo}
     names |= {f"XENVER_{command.name.lower()}": command.value for command in numbers.XenVersion}
-    names |= {name: getattr(numbers, name) for name in dir(numbers) if name.startswith("FLAT_RING")}
+    names |= {f"MMUEXT_{command.name}": command.value for command in numbers.MmuextOp}
+    names |= {f"UVMF_{flag.name}": flag.value for flag in numbers.UvmFlags}
+    names |= {f"XENMEM_{command.name.lower()}": command.value for command in numbers.MemoryOp}
+    names |= {"MMU_NORMAL_PT_UPDATE": 0, "MMU_MACHPHYS_UPDATE": 1, "MMU_PT_UPDATE_PRESERVE_AD": 2}
+    names |= {"VMASST_CMD_enable": 0, "VMASST_CMD_disable": 1, "VMASST_TYPE_writable_pagetables": 2}
+    names |= {name: getattr(numbers, name) for name in dir(numbers) if name.startswith(("FLAT_RING", "DOMID_"))}
     names |= {"hypercall_page": SOURCE_HYPERCALL_PAGE, "shared_info": SOURCE_SHARED_INFO}
     return names
 
