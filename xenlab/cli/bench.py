@@ -38,7 +38,11 @@ class Results:
     def to_json(self) -> str:
         """One JSON object, as the command prints it."""
         results = {
-            benchmark.name: {"value": round(value, 4), "unit": benchmark.unit.value, "target": benchmark.target}
+            benchmark.name: {
+                "value": round(value, 4),
+                "unit": benchmark.unit.value,
+                "target": round(benchmark.target_at(self.floor_ns), 4),
+            }
             for benchmark, value in self.values
         }
         return json.dumps({"floor_ns": round(self.floor_ns, 1), "results": results}, indent=2)
@@ -51,11 +55,9 @@ class Results:
         for heading in ("benchmark", "value", "unit", "target", "verdict"):
             table.add_column(heading, justify="right" if heading in ("value", "target") else "left")
         for benchmark, value in self.values:
-            sign = "≥" if benchmark.unit is Unit.RATIO else "≤"
-            verdict = "[green]met[/]" if benchmark.met(value) else "[yellow]missed[/]"
-            table.add_row(
-                benchmark.name, f"{value:,.2f}", benchmark.unit.value, f"{sign} {benchmark.target:g}", verdict
-            )
+            sign, target = "≥" if benchmark.at_least else "≤", benchmark.target_at(self.floor_ns)
+            verdict = "[green]met[/]" if benchmark.met(value, self.floor_ns) else "[yellow]missed[/]"
+            table.add_row(benchmark.name, f"{value:,.2f}", benchmark.unit.value, f"{sign} {target:,.4g}", verdict)
         return table
 
 

@@ -15,12 +15,14 @@ from typing import Any
 from xenlab.abi.numbers import Errno
 from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.frames import FrameTable, FrameType
-from xenlab.hypervisor.page_entries import NOWHERE, Use, judge_entry
+from xenlab.hypervisor.page_entries import NOWHERE, Use
 from xenlab.hypervisor.page_types import REFUSED, UNTYPED, UNUSED, VALIDATE, PageTypes
 from xenlab.hypervisor.parts import wrong
-from xenlab.machine.paging import PRESENT, RW, PagingMode
+from xenlab.machine.paging import RW, PagingMode
 
 _ENTRY_ANSWERS = frozenset((*map(int, Use), *(-number for number in Errno)))
+# As plain numbers: looking an enum's member up costs more than what is done with it.
+_READ, _WRITE, _L1, _L2, _NONE = int(Use.READ), int(Use.WRITE), int(Use.L1), int(Use.L2), int(FrameType.NONE)
 _TAKE, _DROP, _ENTRY = "-1, 0 or 1", "0, 1, 2 or 3", "a Use or a negated errno"
 
 
@@ -63,7 +65,7 @@ class CheckedTypes:
         if not isinstance(answer, int) or not 0 <= answer <= UNTYPED | UNUSED:
             raise wrong(self._part, f"drop({mfn:#x}, {Use(use).name})", _DROP, answer)
         if answer & UNTYPED:
-            self._type[mfn] = FrameType.NONE
+            self._type[mfn] = _NONE
         return answer
 
     def entry(self, mode: PagingMode, level: str, entry: int, domid: int) -> int:
@@ -90,4 +92,6 @@ class CheckedTypes:
 
 def structural(level: str, entry: int) -> int:
     """What the MMU makes of the frame that a present entry names."""
-    return judge_entry(level, entry & (PRESENT | RW), 0, 0)
+    if level == "l1":
+        return _WRITE if entry & RW else _READ
+    return _L1 if level == "l2" else _L2

@@ -54,7 +54,8 @@ from xenlab.machine.memory import PAGE_SHIFT
 
 _U32 = 0xFFFF_FFFF
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
-_HYPERCALL, _RETURN, _SWITCH, _RUNNABLE = int(Kind.HYPERCALL), int(Kind.RETURN), int(Kind.SWITCH), RunState.RUNNABLE
+_HYPERCALL, _RETURN, _SWITCH, _FLUSH = (int(kind) for kind in (Kind.HYPERCALL, Kind.RETURN, Kind.SWITCH, Kind.FLUSH))
+_RUNNABLE = RunState.RUNNABLE
 # In the trace, the answer of a call that the guest has to make again.
 CALL_AGAIN = 1
 
@@ -76,6 +77,7 @@ class Hypervisor:
         vcpus: by key.
         slice_end: when the running vCPU's turn ends.
         pick_needed: whether the scheduler has to be asked before guest code goes on.
+        recorder: takes an event as a tuple, None where nothing is recorded: for the shortest ways.
         current: the vCPU that runs, None when none can.
     """
 
@@ -154,7 +156,7 @@ class Hypervisor:
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
-        self._record = trace.record if trace is not None else None
+        self.recorder = trace.record if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -200,7 +202,7 @@ class Hypervisor:
             if hidden & 3 != KERNEL_RING:
                 self._fault(vcpu, vector, error, address)
             else:
-                record = self._record
+                record = self.recorder
                 if record is not None:
                     now, domid = self.cpu.instructions, vcpu.domid
                     record((now, _HYPERCALL, domid, frame[:9]))
@@ -296,12 +298,14 @@ class Hypervisor:
             self.slice_end = self.cpu.deadline = end
             if chosen is not before:
                 self.cpu.load(chosen.state)
-                self.tlb.note(SWITCH)
+                self.tlb.counts[SWITCH] += 1
         self.pick_needed = False
         self.current = chosen
-        if self._trace is not None and chosen is not before:
+        if self.recorder is not None and chosen is not before:
             to, length = picked or (-1, 0)
-            self._trace.record((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
+            self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
+            if chosen is not None:
+                self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
 
     def _wrong_pick(self, found: object) -> PartError:
         runnable = [vcpu.key for vcpu in self.vcpus.values() if vcpu.run_state is _RUNNABLE]

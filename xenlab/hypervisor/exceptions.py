@@ -30,13 +30,14 @@ _LONGEST_INSTRUCTION = 15
 # So many faults at fetching an instruction, with none begun in between, end a guest.
 _TRIPLE = 3
 _USER_ACCESS = 4  # in a page fault's error code
+_TRAP, _DELIVER = int(Kind.TRAP), int(Kind.DELIVER)
 
 
 class Exceptions:
     """Takes every exception of a guest that is not a hypercall."""
 
     def __init__(self, xen: Hypervisor) -> None:
-        self._xen, self._traps = xen, xen.traps
+        self._xen, self._traps, self._cpu = xen, xen.traps, xen.cpu
         self._open = WritableTables(xen, self._refused_store).open
 
     def handle(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
@@ -50,10 +51,10 @@ class Exceptions:
                 if error & _USER_ACCESS == 0 and self._xen.descriptor_tables.page_in_ldt(vcpu, address):
                     return
                 vector, error, address = self._beyond(vcpu, error, address)
-        if self._xen.trace is not None:
-            frame = vcpu.state.frame()
-            values = vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3
-            self._xen.record(Kind.TRAP, vcpu.domid, *values)
+        record = self._xen.recorder
+        if record is not None:
+            frame, now = vcpu.state.frame(), self._cpu.instructions
+            record((now, _TRAP, vcpu.domid, vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3))
         if error == SOFTWARE:
             vector, error = self._traps.software_interrupt(vcpu, vector)
         elif vector == PROTECTION and error == 0 and self._emulate(vcpu):
@@ -61,17 +62,17 @@ class Exceptions:
         self._deliver(vcpu, vector, error, address)
 
     def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
-        xen = self._xen
         try:
             done = self._traps.deliver(vcpu, vector, error, address)
         except Undeliverable as reason:
-            xen.crash(vcpu, str(reason))
+            self._xen.crash(vcpu, str(reason))
             return
-        if xen.trace is not None:
-            xen.record(Kind.DELIVER, vcpu.domid, vector, *done)
+        record = self._xen.recorder
+        if record is not None:
+            record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and address == done[4][1] and vcpu.fetch_fault(xen.now) == _TRIPLE:
-            xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
+        if address and address == done[4][1] and vcpu.fetch_fault(self._xen.now) == _TRIPLE:
+            self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:
         """What a touch of the hypervisor's range is to the guest: vector, error code and address.

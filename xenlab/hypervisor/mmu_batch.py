@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LONG_ENOUGH = 8
+# Below this many the arrays cost more than they save.
+LONG_ENOUGH = 16
 _UPDATE_BYTES = 16
 
 

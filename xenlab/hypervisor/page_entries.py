@@ -23,6 +23,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno
+from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import ACCESSED, DIRTY, GLOBAL, NX, PAE, PRESENT, PSE, RW, USER, PagingMode
 
 if TYPE_CHECKING:
@@ -86,16 +87,16 @@ def as_stored(level: str, entry: int) -> int:
 
 def split_leaves(mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Frame numbers and write permissions of the present entries of an l1 table, in order."""
-    present = entries[(entries & entries.dtype.type(PRESENT)) != 0]
-    mfns = (present & present.dtype.type(mode.frame_mask)) >> present.dtype.type(12)
-    return mfns.astype("int64"), (present & present.dtype.type(RW)) != 0
+    present = entries[(entries & PRESENT) != 0]
+    mfns = (present & mode.frame_mask) >> PAGE_SHIFT
+    return mfns.astype("int64"), (present & RW) != 0
 
 
 def flags_are_ordinary(mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> bool:
     """Whether no present entry of an l1 table has a flag that `judge_entry` refuses."""
     refused = _REFUSED if mode is PAE else _REFUSED & 0xFFF
-    kind = entries.dtype.type
-    return not ((entries & kind(PRESENT)).astype(bool) & ((entries & kind(refused)) != 0)).any()
+    suspicious = entries[(entries & refused) != 0]
+    return not (suspicious & PRESENT).any()
 
 
 __all__ = ["NOWHERE", "Use", "as_stored", "flags_are_ordinary", "judge_entry", "split_leaves"]

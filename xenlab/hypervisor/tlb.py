@@ -28,7 +28,6 @@ breaks without it: all validation is in vain, because the MMU does not look at t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,7 +76,7 @@ class Tlb:
 
         self._cpu, self._frames, self.policy, self._record = cpu, frames, policy, record
         self._left = np.frombuffer(frames.left, np.int64)
-        self.counts: Counter[str] = Counter()
+        self.counts = dict.fromkeys(REASONS, 0)
 
     def flush(self, reason: str, address: int = 0) -> None:
         """Empty the TLB before the next guest instruction.
@@ -86,10 +85,6 @@ class Tlb:
         always forget more than it was asked to.
         """
         self._cpu.flush_tlb()
-        self.note(reason, address)
-
-    def note(self, reason: str, address: int = 0) -> None:
-        """Count a flush that the CPU has made by itself."""
         self.counts[reason] += 1
         self._record(reason, address)
 

@@ -164,15 +164,13 @@ class WritableTables:
 
 def _changes(size: int, before: bytes, after: bytes) -> list[tuple[int, int, int]]:
     """Index, old and new value of each entry that differs in more than the marks that the MMU sets."""
-    if before == after:
-        return []
-    found = []
-    for at in range(0, PAGE_SIZE, size):
-        if before[at : at + size] != after[at : at + size]:
-            old, new = (int.from_bytes(page[at : at + size], "little") for page in (before, after))
-            if (old ^ new) & ~_AD:
-                found.append((at // size, old, new))
-    return found
+    import numpy as np
+
+    kind = np.uint32 if size == 4 else np.uint64
+    old, new = (np.frombuffer(page, kind) for page in (before, after))
+    places = np.flatnonzero(old != new).tolist()
+    found = [(place, int(old[place]), int(new[place])) for place in places]
+    return [change for change in found if (change[1] ^ change[2]) & ~_AD]
 
 
 def _is_upper_half(domain: Domain, old: int, new: int) -> bool:

@@ -21,6 +21,8 @@ class Unit(Enum):
     RATIO = "ratio"
     SECONDS = "s"
     MILLISECONDS = "ms"
+    BYTES = "bytes"
+    PER_SECOND = "1/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Benchmark:
     Attributes:
         name: as on the command line and in the JSON.
         unit: of the value and the target.
-        target: what is aimed at: at most this, for a RATIO at least this.
+        target: what is aimed at: at most this, for a RATIO or something PER_SECOND at least this.
+        or_ns: for FLOORS, so many nanoseconds instead where that is more.
         prepare: builds what is needed, untimed, and returns the function that takes one sample.
         most: how many samples are taken at most, however many were asked for.
         on_request: left out unless it is named.
@@ -42,15 +45,26 @@ class Benchmark:
     prepare: Callable[[], Sample]
     most: int = 1000
     on_request: bool = False
+    or_ns: float = 0
 
-    def met(self, value: float) -> bool:
+    @property
+    def at_least(self) -> bool:
+        """Whether more is better."""
+        return self.unit in (Unit.RATIO, Unit.PER_SECOND)
+
+    def target_at(self, floor_ns: float) -> float:
+        """The target on a host with this floor."""
+        return max(self.target, self.or_ns / floor_ns)
+
+    def met(self, value: float, floor_ns: float) -> bool:
         """Whether ``value`` reaches the target."""
-        return value >= self.target if self.unit is Unit.RATIO else value <= self.target
+        target = self.target_at(floor_ns)
+        return value >= target if self.at_least else value <= target
 
 
 def catalogue() -> dict[str, Benchmark]:
     """All benchmarks by name, in the order in which they are shown."""
-    from xenlab.cli.benchmarks import guests, host, past
+    from xenlab.cli.benchmarks import guests, host, memory, past
 
     benchmarks = (
         Benchmark("hypercall", Unit.FLOORS, 1.6, guests.hypercall),
@@ -58,6 +72,16 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("fault_bounce", Unit.FLOORS, 4.0, guests.fault_bounce),
         Benchmark("page_fault_bounce", Unit.FLOORS, 4.0, guests.page_fault_bounce),
         Benchmark("domain_switch", Unit.FLOORS, 4.0, guests.domain_switch),
+        Benchmark("mmu_update_1", Unit.FLOORS, 8.0, memory.mmu_update_1),
+        Benchmark("mmu_update_8", Unit.FLOORS, 8.0, memory.mmu_update_8),
+        Benchmark("mmu_update_64", Unit.FLOORS, 2.0, memory.mmu_update_64),
+        Benchmark("mmu_update_512", Unit.FLOORS, 1.0, memory.mmu_update_512),
+        Benchmark("mmu_update_gain", Unit.RATIO, 8.0, memory.mmu_update_gain),
+        Benchmark("update_va_mapping", Unit.FLOORS, 8.0, memory.update_va_mapping),
+        Benchmark("table_write", Unit.FLOORS, 60.0, memory.table_write),
+        Benchmark("pin_table", Unit.FLOORS, 20.0, memory.pin_table, or_ns=60_000),
+        Benchmark("build_space", Unit.PER_SECOND, 1_000_000, memory.build_space, most=15),
+        Benchmark("domain_bytes", Unit.BYTES, 20_000, memory.domain_bytes, most=3),
         Benchmark("compute", Unit.RATIO, 0.95, guests.compute, most=15),
         Benchmark("cold_start", Unit.SECONDS, 0.5, host.cold_start, most=5),
         Benchmark("view_update", Unit.MILLISECONDS, 50.0, past.view_update),
