@@ -264,7 +264,7 @@ def build_space() -> Sample:
 
 
 def domain_bytes() -> Sample:
-    """What the hypervisor keeps for one more idle domain of 1 MiB: Python objects, the saved CPU state, frames of its own.
+    """What the hypervisor keeps for one more idle domain of 1 MiB: objects, the saved CPU state, frames of its own.
 
     Not in it: the domain's memory, and the frame table, which has a row for each frame of the machine anyway.
     """
