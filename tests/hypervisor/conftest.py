@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from xenlab.hypervisor.auditor import check
 from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.trace import Event, Kind, Trace
 from xenlab.machine.paging import PAE, TWO_LEVEL, PagingMode
+
+# Test modules are imported by path, so helpers beside them have to be made findable.
+sys.path.insert(0, str(Path(__file__).parent))
 
 VECTORS = (0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 19)
 

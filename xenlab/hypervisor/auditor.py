@@ -18,7 +18,15 @@ from xenlab.errors import HypercallError, InvariantError
 from xenlab.hypervisor.descriptor_tables import checked_descriptor, read_only_entry
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.frames import EMPTY_FRAME, FREE, ORPHAN, OWNED, PINNED, FrameType
-from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, LDT_PAGES, RESERVED_GDT_BASE, first_reserved_slot, segments_end
+from xenlab.hypervisor.layout import (
+    GDT_BASE,
+    GDT_PAGES,
+    LDT_BASE,
+    LDT_PAGES,
+    RESERVED_GDT_BASE,
+    first_reserved_slot,
+    segments_end,
+)
 from xenlab.hypervisor.page_entries import Use, flags_are_ordinary
 from xenlab.hypervisor.page_tables import root_use
 from xenlab.hypervisor.page_types import FrameTypes
@@ -163,14 +171,15 @@ class _Audit:
 
     def _branches(self, domain: Domain, tree: _Tree, mfn: int, use: int) -> None:
         mode = domain.mode
-        entries = self.xen.page_tables.entries(mode, mfn).tolist()
+        import numpy as np
+
+        entries = self.xen.page_tables.entries(mode, mfn)
         reserved = first_reserved_slot(mode, use)
         entries = entries[: mode.levels[0].entries] if use == Use.L3 else entries
-        for index, entry in enumerate(entries[: self.xen.page_tables.partial.get(mfn, reserved)]):
-            if entry & PRESENT:
-                self._branch(domain, tree, mfn, use, index, entry)
+        for index in np.flatnonzero(entries[: self.xen.page_tables.partial.get(mfn, reserved)] & PRESENT).tolist():
+            self._branch(domain, tree, mfn, use, index, int(entries[index]))
         if reserved is not None and mfn not in self.xen.page_tables.partial:
-            self._reserved_slots(domain, mfn, entries, reserved)
+            self._reserved_slots(domain, mfn, entries[reserved:].tolist(), reserved)
 
     def _branch(self, domain: Domain, tree: _Tree, table: int, use: int, index: int, entry: int) -> None:
         mode, what = domain.mode, f"entry {index} of table {table:#x}"
@@ -194,7 +203,7 @@ class _Audit:
         return not entry & RW and (below == table or self.frames.type[below] in kinds)
 
     def _reserved_slots(self, domain: Domain, table: int, entries: list[int], reserved: int) -> None:
-        for index, entry in enumerate(entries[reserved:], reserved):
+        for index, entry in enumerate(entries, reserved):
             if entry & ~(ACCESSED | DIRTY) != domain.hypervisor_slots.get(index, 0) & ~(ACCESSED | DIRTY):
                 where = f"entry {index} of table {table:#x} of domain {domain.domid} is {entry:#x}"
                 self.complain(Invariant.RANGE, where)
@@ -242,23 +251,23 @@ class _Audit:
 
     def _own_table(self, domain: Domain) -> None:
         """The table of the hypervisor's through which the CPU finds the domain's descriptors."""
+        import numpy as np
+
         mode, (own,) = domain.mode, domain.own_tables
-        shown = {GDT_BASE + n * PAGE_SIZE: EMPTY_FRAME for n in range(LDT_PAGES)}
-        shown[RESERVED_GDT_BASE] = self.xen.shared_pages.descriptors(mode)
-        for vcpu in domain.vcpus:
-            for number, mfn in enumerate(vcpu.gdt):
-                shown[GDT_BASE + number * PAGE_SIZE] = mfn
-                self._descriptors(domain, mfn)
-        first = mode.levels[-1].index(LDT_BASE)
-        for index in range(mode.levels[-1].entries):
-            entry = mode.read(self.memory, own << PAGE_SHIFT, index)
-            address = GDT_BASE + index * PAGE_SIZE
-            if entry & PRESENT and first <= index < first + LDT_PAGES:
-                self._descriptors(domain, mode.frame_of(entry))
-                shown[address] = mode.frame_of(entry)
-            expected = read_only_entry(mode, shown[address]) if address in shown else 0
-            if entry != expected:
-                self.complain(Invariant.RANGE, f"the hypervisor's entry for {address:#x} is {entry:#x}")
+        entries = self.xen.page_tables.entries(mode, own)
+        expected = np.zeros_like(entries)
+        place = mode.levels[-1].index
+        expected[place(GDT_BASE) : place(GDT_BASE) + GDT_PAGES] = read_only_entry(mode, EMPTY_FRAME)
+        expected[place(RESERVED_GDT_BASE)] = read_only_entry(mode, self.xen.shared_pages.descriptors(mode))
+        shown = [(place(GDT_BASE) + page, mfn) for vcpu in domain.vcpus for page, mfn in enumerate(vcpu.gdt)]
+        ldt = range(place(LDT_BASE), place(LDT_BASE) + LDT_PAGES)
+        shown += [(index, mode.frame_of(int(entries[index]))) for index in ldt if entries[index] & PRESENT]
+        for index, mfn in shown:
+            expected[index] = read_only_entry(mode, mfn)
+            self._descriptors(domain, mfn)
+        for index in np.flatnonzero(entries != expected).tolist():
+            where = f"entry {index} of the hypervisor's table {own:#x} is {int(entries[index]):#x}"
+            self.complain(Invariant.RANGE, where)
 
     def _descriptors(self, domain: Domain, mfn: int) -> None:
         if not self._use(domain, mfn, Use.DESCRIPTORS, "a descriptor table"):

@@ -144,7 +144,10 @@ class FrameTable:
 
     def owned_by(self, domid: int) -> list[int]:
         """The frames that belong to a domain, in machine order."""
-        return [mfn for mfn, owner in enumerate(self.owner) if owner == domid]
+        import numpy as np
+
+        found: list[int] = np.flatnonzero(np.frombuffer(self.owner, np.int32) == domid).tolist()
+        return found
 
     def owner_of(self, mfn: int) -> int:
         """Whose a frame is; `FREE` for a number that no frame has."""

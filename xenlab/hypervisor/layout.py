@@ -38,7 +38,8 @@ from xenlab.machine.state import Segment
 
 # Linear address of the descriptor table: 16 pages, of which the last two are the hypervisor's.
 GDT_BASE = 0xFF00_0000
-GDT_LIMIT = 16 * PAGE_SIZE - 1
+GDT_PAGES = 16
+GDT_LIMIT = GDT_PAGES * PAGE_SIZE - 1
 LDT_BASE = GDT_BASE + GDT_LIMIT + 1
 LDT_PAGES = 16
 RESERVED_GDT_BASE = GDT_BASE + FIRST_RESERVED_GDT_PAGE * PAGE_SIZE

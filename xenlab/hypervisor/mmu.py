@@ -49,7 +49,7 @@ UPDATE_BYTES, EXTENDED_BYTES = 16, 12
 _PIN_USES = {MmuextOp.PIN_L1_TABLE: Use.L1, MmuextOp.PIN_L2_TABLE: Use.L2, MmuextOp.PIN_L3_TABLE: Use.L3}
 _FLUSHES = (MmuextOp.TLB_FLUSH_LOCAL, MmuextOp.TLB_FLUSH_MULTI, MmuextOp.TLB_FLUSH_ALL)
 _PAGE_FLUSHES = (MmuextOp.INVLPG_LOCAL, MmuextOp.INVLPG_MULTI, MmuextOp.INVLPG_ALL)
-_FLUSH_TYPE = UvmFlags.TLB_FLUSH | UvmFlags.INVLPG
+_FLUSH_TYPE = 3  # the bits of UvmFlags that say how
 
 
 class Mmu:

@@ -23,7 +23,7 @@ from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.page_tables import PageTables
 from xenlab.hypervisor.tlb import Tlb
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
-from xenlab.machine.paging import PRESENT, PagingMode
+from xenlab.machine.paging import PRESENT, RW, PagingMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,9 +107,9 @@ class LeafBatches:
             return False
         old = table[indices]
         table[indices] = new
-        gone = old[(old & PRESENT) != 0]
-        self._tlb.unmapped_many((gone & mode.frame_mask) >> PAGE_SHIFT)
-        for unused in self._drop(mode, gone):
+        lost = old[((old & PRESENT) != 0) & (((old ^ new) & (mode.frame_mask | PRESENT | RW)) != 0)]
+        self._tlb.unmapped_many((lost & mode.frame_mask) >> PAGE_SHIFT)
+        for unused in self._drop(mode, old):
             self._release(unused)
         return True
 

@@ -20,7 +20,7 @@ from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.frames import FREE, ORPHAN, OWNED, PINNED, FrameTable
 from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_tables import PageTables
-from xenlab.hypervisor.tlb import REUSED, Tlb
+from xenlab.hypervisor.tlb import FREED, Tlb
 
 
 class Reservations:
@@ -54,7 +54,6 @@ class Reservations:
             )
         taken = self._frames.allocate(wanted, domain.domid, order)
         for mfn in taken:
-            self._tlb.reused(mfn, REUSED)
             self._own(mfn)
         domain.pages += wanted
         return taken
@@ -90,11 +89,21 @@ class Reservations:
         owner = self._domains.get(self._frames.owner[mfn])
         if owner is not None and mfn != owner.shared_info_mfn:
             owner.pages -= 1
+        # At once: a stale entry would let the old owner write to a frame that counts as scrubbed.
+        self._tlb.reused(mfn, FREED)
         self._frames.release([mfn])
         self._forget_code(mfn)
 
     def reclaim(self, domain: Domain) -> None:
         """Take back all frames of a domain whose page tables are not walked any more."""
+        self._tlb.flush(FREED)
+        self._tlb.watching = False
+        try:
+            self._reclaim(domain)
+        finally:
+            self._tlb.watching = True
+
+    def _reclaim(self, domain: Domain) -> None:
         self.tables.drop_partial(domain)
         flags, owner = self._frames.flags, self._frames.owner
         mine = self._frames.owned_by(domain.domid)

@@ -12,14 +12,14 @@ So the hypervisor flushes only where somebody could be deceived:
     page           as long as it concerns its own memory only
     retyped        a frame becomes a page table or a descriptor table, and a mapping of it that went
                    away since the last flush may still let the guest write to it
-    reused         a frame gets a new owner, and a stale mapping may still lead there
+    freed          a frame is nobody's any more, and a stale mapping may still lead there
     descriptors    the hypervisor itself has changed what stands in its range: other descriptor tables
 
 and not at a hypercall, since the hypervisor lives in the guest's own address space.
 
     opened         a page table is made writable for one instruction of the guest's, and closed again
 
-Retyping and reusing are decided by time: each frame remembers at which flush count a mapping of it last went away.
+Retyping and freeing are decided by time: each frame remembers at which flush count a mapping of it last went away.
 If the TLB has been emptied since, there can be no stale entry.
 
 The invariant: no TLB entry leads to a frame of another owner, or lets a guest write to a page table.  What
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SWITCH, BASE, ASKED, PAGE = "switch", "base pointer", "asked", "page"
-RETYPED, REUSED, DESCRIPTORS, OPENED = "retyped", "reused", "descriptors", "opened"
-REASONS = (SWITCH, BASE, ASKED, PAGE, RETYPED, REUSED, DESCRIPTORS, OPENED)
+RETYPED, FREED, DESCRIPTORS, OPENED = "retyped", "freed", "descriptors", "opened"
+REASONS = (SWITCH, BASE, ASKED, PAGE, RETYPED, FREED, DESCRIPTORS, OPENED)
 
 
 class FlushPolicy(Protocol):
@@ -50,7 +50,7 @@ class FlushPolicy(Protocol):
         """Whether the TLB has to be emptied.
 
         Args:
-            reason: `RETYPED` or `REUSED`.
+            reason: `RETYPED` or `FREED`.
             left: how often the TLB had been emptied when a mapping of the frame last went away, -1 for never.
             flushes: how often it has been emptied by now.
         """
@@ -69,6 +69,7 @@ class Tlb:
 
     Attributes:
         counts: how many there were, by reason.
+        watching: false while the tables of a domain that ended are dropped, which no CPU walks any more.
     """
 
     def __init__(self, cpu: Cpu, frames: FrameTable, policy: FlushPolicy, record: Callable[[str, int], None]) -> None:
@@ -76,6 +77,7 @@ class Tlb:
 
         self._cpu, self._frames, self.policy, self._record = cpu, frames, policy, record
         self._left = np.frombuffer(frames.left, np.int64)
+        self.watching = True
         self.counts = dict.fromkeys(REASONS, 0)
 
     def flush(self, reason: str, address: int = 0) -> None:
@@ -97,6 +99,6 @@ class Tlb:
         self._left[mfns.astype("int64")] = self._cpu.flushes
 
     def reused(self, mfn: int, reason: str) -> None:
-        """Frame ``mfn`` is about to be something else, or somebody else's."""
-        if self.policy.must_flush(reason, self._frames.left[mfn], self._cpu.flushes):
+        """Frame ``mfn`` is about to be something else, or nobody's."""
+        if self.watching and self.policy.must_flush(reason, self._frames.left[mfn], self._cpu.flushes):
             self.flush(reason)
