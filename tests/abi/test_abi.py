@@ -9,15 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from xenlab.abi import numbers, structures
+from xenlab.abi import kernel_notes, numbers, structures
 
-SIZES = {"StartInfo": 1112, "SharedInfo": 2344, "VcpuInfo": 64, "VcpuTimeInfo": 32, "TrapInfo": 8, "MulticallEntry": 32}
+SIZES = {
+    "StartInfo": 1112,
+    "ScreenInfo": 40,
+    "ConsoleRing": 3088,
+    "SharedInfo": 2344,
+    "VcpuInfo": 64,
+    "VcpuTimeInfo": 32,
+    "TrapInfo": 8,
+    "MulticallEntry": 32,
+}
 OFFSETS = {
     ("StartInfo", "nr_pages"): 32,
     ("StartInfo", "shared_info"): 36,
     ("StartInfo", "flags"): 40,
     ("StartInfo", "store_mfn"): 44,
     ("StartInfo", "console_mfn"): 52,
+    ("StartInfo", "console_info_off"): 52,
     ("StartInfo", "pt_base"): 60,
     ("StartInfo", "nr_pt_frames"): 64,
     ("StartInfo", "mfn_list"): 68,
@@ -71,6 +81,9 @@ def test_numbers_everyone_knows() -> None:
 
 C_NAMES = {
     "StartInfo": "struct start_info",
+    "StartConsole": "__typeof__(((struct start_info *)0)->console)",
+    "ScreenInfo": "struct dom0_vga_console_info",
+    "ConsoleRing": "struct xencons_interface",
     "SharedInfo": "struct shared_info",
     "VcpuInfo": "struct vcpu_info",
     "VcpuTimeInfo": "struct vcpu_time_info",
@@ -79,8 +92,9 @@ C_NAMES = {
 }
 # Our name of a field: that of the C structure, where it is spelt another way there.
 C_FIELDS = {
-    ("StartInfo", "console_mfn"): "console.domU.mfn",
-    ("StartInfo", "console_evtchn"): "console.domU.evtchn",
+    ("StartConsole", "guest"): "domU",
+    ("StartConsole", "initial"): "dom0",
+    ("ConsoleRing", "input"): "in",
     ("VcpuInfo", "cr2"): "arch.cr2",
     ("SharedInfo", "max_pfn"): "arch.max_pfn",
     ("SharedInfo", "pfn_to_mfn_frame_list_list"): "arch.pfn_to_mfn_frame_list_list",
@@ -110,6 +124,8 @@ def expectations() -> dict[str, int]:
     expected |= {f"XENVER_{command.name.lower()}": command for command in numbers.XenVersion}
     expected |= {"SIF_PRIVILEGED": numbers.StartFlags.PRIVILEGED, "SIF_INITDOMAIN": numbers.StartFlags.INITDOMAIN}
     expected |= {name: getattr(numbers, name) for name in dir(numbers) if name.startswith("FLAT_RING")}
+    expected |= {f"XEN_ELFNOTE_{note.name}": note for note in kernel_notes.ElfNote}
+    expected |= {f"XENFEAT_{feature.name}": feature for feature in kernel_notes.Feature}
     expected |= {
         "FIRST_RESERVED_GDT_PAGE": numbers.FIRST_RESERVED_GDT_PAGE,
         "__HYPERVISOR_VIRT_START_PAE": numbers.HYPERVISOR_START_PAE,
@@ -127,7 +143,7 @@ def test_equal_to_xens_headers(tmp_path: Path) -> None:
     lines += ["typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef unsigned long long uint64_t;"]
     lines += ["typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;"]
     lines += ["typedef unsigned int size_t; typedef int ssize_t; typedef unsigned long uintptr_t;"]
-    headers = ("xen.h", "sched.h", "version.h", "errno.h")
+    headers = ("xen.h", "sched.h", "version.h", "errno.h", "elfnote.h", "features.h", "io/console.h")
     lines += [f"#include <xen/{header}>" for header in headers]
     lines += [f'_Static_assert(({what}) == {int(value)}, "{what}");' for what, value in expectations().items()]
     source = tmp_path / "abi.c"

@@ -225,3 +225,60 @@ def test_mistake_in_source_is_2_with_its_line(xenlab: Run, tmp_path: Path) -> No
     result = xenlab("boot", path)
     assert result.exit_code == 2
     assert "line 2, column 1" in result.stderr
+
+
+@pytest.mark.parametrize("pae", [0, 1])
+@pytest.mark.parametrize(("privileged", "by_ring"), [(False, False), (False, True), (True, False)])
+def test_kernel_built_from_xens_headers(
+    xenlab: Run, compile_kernel: Callable[..., Path], pae: int, privileged: bool, by_ring: bool
+) -> None:
+    kernel = compile_kernel("start_of_day", *["BY_RING"] * by_ring, pae=pae)
+    text = "pages=8192" + " initial" * privileged
+    result = xenlab("boot", kernel, "--cmdline", text, *["--privileged"] * privileged)
+    assert (result.exit_code, result.stdout) == (0, f"command line: {text}\nall as promised\n"), result.stderr
+
+
+@pytest.mark.parametrize("length", [1, 1024, 20_000])
+def test_stdin_reaches_a_guest_through_its_ring(start: Start, compile_kernel: Callable[..., Path], length: int) -> None:
+    data = b"".join(b"%d bottles\n" % number for number in range(length))[: length - 1] + b"."
+    process = start("boot", compile_kernel("echo", pae=1))
+    out, err = process.communicate(data, timeout=60)
+    assert (process.returncode, out, err) == (0, data.upper(), b"")
+
+
+def test_ring_is_shown_while_the_guest_waits(start: Start, compile_kernel: Callable[..., Path]) -> None:
+    process = start("boot", compile_kernel("echo", pae=0))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in (b"first\n", b"second\n"):
+        process.stdin.write(line)
+        process.stdin.flush()
+        assert process.stdout.readline() == line.upper()
+    process.stdin.write(b".")
+    process.stdin.flush()
+    assert ended(process)[:2] == (0, b".")
+
+
+BY_RING = """
+    lea edi, [esi + 8192]
+    mov dword ptr [edi + 1024], 0x21676e72      # "rng!"
+    mov dword ptr [edi + 3084], 4
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "options", "status"),
+    [
+        (SHUTDOWN.format("poweroff"), (), 0),
+        ("ud2", (), 3),
+        (SPIN, ("--max-instructions", 1000), 4),
+        (f"mov ebx, SCHEDOP_block\nmov eax, __HYPERVISOR_sched_op\nint 0x82\n{SPIN}", ("--max-instructions", 1000), 4),
+    ],
+    ids=["ended", "crashed", "cut off", "asleep"],
+)
+def test_what_is_in_the_ring_at_the_end_is_shown(
+    xenlab: Run, elf: Elf, end: str, options: tuple[object, ...], status: int
+) -> None:
+    result = xenlab("boot", elf(BY_RING.format(end=end)), *options)
+    assert (result.exit_code, result.stdout) == (status, "rng!")

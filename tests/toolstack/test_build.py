@@ -47,7 +47,7 @@ def test_memory_of_a_new_guest(memory_mib: int, mode: PagingMode) -> None:
     xen = Hypervisor(Machine(memory_mib=memory_mib + 2))
     domain = boot(xen, GUEST, memory_mib=memory_mib, mode=mode, command_line="one two")
     vcpu, info, pages = domain.vcpus[0], info_of(xen, domain), memory_mib * 256
-    assert info.magic == b"xen-3.0-x86_32"
+    assert info.magic == {"two-level": b"xen-3.0-x86_32", "PAE": b"xen-3.0-x86_32p"}[mode.name]
     assert info.cmd_line == b"one two"
     assert (info.nr_pages, info.flags) == (pages, 0)
     assert info.shared_info == domain.shared_info_mfn << 12
@@ -59,9 +59,13 @@ def test_memory_of_a_new_guest(memory_mib: int, mode: PagingMode) -> None:
     assert all(xen.frames.owner[mfn] == domain.domid for mfn in p2m)
     mapped = dict(mapped_pages(xen.memory, mode, vcpu.state.cr3))
     own = {address: mode.frame_of(entry) for address, entry in mapped.items() if address < start_of(mode)}
-    expected = {BASE + (pfn << 12): mfn for pfn, mfn in enumerate(p2m)}
+    # The first region has 4 MiB here, and no more is mapped.
+    expected = {BASE + (pfn << 12): mfn for pfn, mfn in enumerate(p2m[:1024])}
     assert own == {**expected, 0xC000_1000: domain.shared_info_mfn}
-    assert (info.console_mfn in p2m, info.store_mfn in p2m) == (True, True)
+    # Store and console follow behind start_info, which ESI points at.
+    place = vcpu.state.esi - BASE >> 12
+    assert p2m[place + 1 : place + 3] == [info.store_mfn, info.console_mfn]
+    assert domain.console_mfn == info.console_mfn
     # Page tables: nr_pt_frames pages from pt_base on, the root first, read-only, and no others.
     tables = {(info.pt_base - BASE >> 12) + number for number in range(info.nr_pt_frames)}
     assert vcpu.state.cr3 == p2m[min(tables)] << 12
@@ -75,10 +79,14 @@ def test_memory_of_a_new_guest(memory_mib: int, mode: PagingMode) -> None:
 
 def test_no_page_table_is_left_unused_or_missing(mode: PagingMode) -> None:
     xen = Hypervisor(Machine(memory_mib=16))
-    domain = boot(xen, GUEST, memory_mib=9, mode=mode)
+    image = Image("large", BASE, BASE, (Section(BASE, b"\xeb\xfe", 7 << 20),), mode)
+    domain = boot(xen, image, memory_mib=9)
     info = info_of(xen, domain)
-    # Below the root: an l1 table for each 4 (2) MiB; with PAE an l2 for the guest that also holds the hypervisor's.
-    assert info.nr_pt_frames == {"two-level": 1 + 3, "PAE": 1 + 1 + 5}[mode.name]
+    # Below the root: an l1 table for each 4 (2) MiB of the first 8; with PAE an l2 that also holds the hypervisor's.
+    assert info.nr_pt_frames == {"two-level": 1 + 2, "PAE": 1 + 1 + 4}[mode.name]
+    # From elsewhere, the hypervisor's range has an l2 of its own.
+    low = build(xen, Image("low", 0, 0, (Section(0, b"\xeb\xfe", 2),), mode), memory_mib=4)
+    assert info_of(xen, low).nr_pt_frames == {"two-level": 1 + 1, "PAE": 1 + 2 + 2}[mode.name]
 
 
 def test_registers_of_a_new_guest(mode: PagingMode) -> None:
@@ -148,7 +156,6 @@ def test_domains_share_no_frame(mode: PagingMode) -> None:
 REFUSED = {
     "no memory": ({"memory_mib": 0}, "at least 1"),
     "more than the machine has": ({"memory_mib": 64}, "are left"),
-    "more than fits below the hypervisor": ({"memory_mib": 1000}, "hypervisor's range"),
     "a long command line": ({"command_line": "x" * 1024}, "at most 1023"),
     "a long command line in UTF-8": ({"command_line": "é" * 512}, "at most 1023"),
 }
@@ -165,6 +172,18 @@ def test_refused_guest_leaves_nothing_behind(name: str, mode: PagingMode) -> Non
     assert xen.domains == {}
 
 
+@pytest.mark.parametrize("size", [8 << 20, 1 << 20])
+def test_image_too_high_for_what_has_to_be_mapped(size: int, mode: PagingMode) -> None:
+    xen = Hypervisor(Machine(memory_mib=16))
+    base = start_of(mode) - (4 << 20)
+    image = Image("high", base, base, (Section(base, b"\xeb\xfe", size),), mode)
+    if size < 4 << 20:
+        assert not boot(xen, image, memory_mib=12).crashed
+    else:
+        with pytest.raises(ImageError, match=f"reaches into the hypervisor's range at {start_of(mode):#x}"):
+            boot(xen, image, memory_mib=12)
+
+
 @pytest.mark.parametrize("pages", [250, 256, 300])
 def test_image_too_large_for_its_memory(pages: int, mode: PagingMode) -> None:
     xen = Hypervisor(Machine(memory_mib=4))
@@ -173,6 +192,11 @@ def test_image_too_large_for_its_memory(pages: int, mode: PagingMode) -> None:
     with pytest.raises(ImageError, match="the domain has 1024 KiB"):
         boot(xen, image)
     assert xen.frames.free_frames == free
+
+
+def test_command_line_that_is_no_text() -> None:
+    xen = Hypervisor(Machine(memory_mib=4))
+    assert info_of(xen, boot(xen, GUEST, command_line="root=\udcff")).cmd_line == b"root=\xff"
 
 
 def test_longest_command_line() -> None:

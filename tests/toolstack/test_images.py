@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 import shutil
-import struct
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_elf import (
+    BASE,
+    CODE,
+    ENTRY,
+    HYPERCALL_PAGE,
+    PADDR_OFFSET,
+    PAE_MODE,
+    PT_LOAD,
+    SHT_NOTE,
+    SHT_PROGBITS,
+    VIRT_BASE,
+    Elf,
+    note,
+)
 
 from xenlab import Hypervisor, ImageError, Machine, boot
+from xenlab.abi.kernel_notes import Feature
 from xenlab.machine.paging import PAE, TWO_LEVEL
 from xenlab.toolstack import Image, build, image_from_elf, load_image
-
-BASE = 0xC000_0000
-CODE = b"\x40\xeb\xfd"  # inc eax; jmp back
-PT_LOAD, PT_NOTE = 1, 4
-ENTRY, HYPERCALL_PAGE, VIRT_BASE, PADDR_OFFSET, PAE_MODE = 1, 2, 3, 4, 9
-
-
-def note(kind: int, content: bytes | int) -> bytes:
-    """One Xen note (elfnote.h)."""
-    data = content.to_bytes(4, "little") if isinstance(content, int) else content
-    padded = data + b"\0" * (-len(data) % 4)
-    return struct.pack("<III", 4, len(data), kind) + b"Xen\0" + padded
-
-
-@dataclass
-class Elf:
-    """A tiny ELF file, each part of which can be spoiled."""
-
-    segments: list[tuple[int, int, int, bytes, int]] = field(
-        default_factory=lambda: [(PT_LOAD, BASE, BASE, CODE, 0x3000)]
-    )
-    notes: bytes = (
-        note(VIRT_BASE, BASE) + note(ENTRY, BASE) + note(HYPERCALL_PAGE, BASE + 0x1000) + note(PADDR_OFFSET, BASE)
-    )
-    entry: int = BASE
-    machine: int = 3
-    kind: int = 1
-
-    def data(self) -> bytes:
-        parts = [*self.segments]
-        if self.notes:
-            parts.append((PT_NOTE, 0, 0, self.notes, len(self.notes)))
-        at = 52 + 32 * len(parts)
-        headers, body = b"", b""
-        for kind, virtual, physical, content, size in parts:
-            headers += struct.pack("<8I", kind, at + len(body), virtual, physical, len(content), size, 7, 4)
-            body += content + b"\0" * (-len(content) % 4)
-        identity = b"\x7fELF" + bytes((self.kind, 1, 1)) + bytes(9)
-        numbers = (2, self.machine, 1, self.entry, 52, 0, 0, 52, 32, len(parts), 40, 0, 0)
-        return identity + struct.pack("<HHIIIIIHHHHHH", *numbers) + headers + body
 
 
 def test_image_by_hand_boots() -> None:
@@ -77,7 +50,17 @@ def test_memory_behind_the_file_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "mode"), [(b"yes\0", PAE), (b"yes,extended-cr3\0", PAE), (b"no\0", TWO_LEVEL), (1, PAE), (0, TWO_LEVEL)]
+    ("content", "mode"),
+    [
+        (b"yes\0", PAE),
+        (b"yes,bimodal\0", PAE),
+        (b"bimodal\0", PAE),
+        (b"yes,extended-cr3\0", PAE),
+        (b"no\0", TWO_LEVEL),
+        (b"", TWO_LEVEL),
+        (1, PAE),
+        (0, TWO_LEVEL),
+    ],
 )
 def test_page_table_format_comes_from_the_note(content: bytes | int, mode: object) -> None:
     assert image_from_elf(Elf(notes=note(VIRT_BASE, BASE) + note(PAE_MODE, content)).data()).mode is mode
@@ -88,10 +71,100 @@ def test_without_notes_addresses_are_the_headers() -> None:
     assert (image.base, image.entry, image.hypercall_page) == (BASE, BASE + 1, None)
 
 
-def test_load_addresses_are_physical_plus_base() -> None:
+@pytest.mark.parametrize("offset", [note(PADDR_OFFSET, 0), b""], ids=["said", "not said"])
+def test_load_addresses_are_physical_plus_base(offset: bytes) -> None:
     elf = Elf(segments=[(PT_LOAD, BASE, 0x1000, CODE, 3)], entry=BASE + 0x1000)
-    elf.notes = note(VIRT_BASE, BASE) + note(PADDR_OFFSET, 0)
+    elf.notes = note(VIRT_BASE, BASE) + offset
     assert image_from_elf(elf.data()).sections[0].address == BASE + 0x1000
+
+
+def test_without_a_virtual_base_it_is_0() -> None:
+    elf = Elf(segments=[(PT_LOAD, 0x2000, 0x2000, CODE, 3)], notes=note(ENTRY, 0x2000))
+    image = image_from_elf(elf.data())
+    assert (image.base, image.entry, image.sections[0].address) == (0, 0x2000, 0x2000)
+
+
+def test_notes_that_only_a_section_names() -> None:
+    whole = Elf().notes
+    elf = Elf(notes=note(4, b"GNU", b"GNU\0"), sections={".note.Xen": (SHT_NOTE, note(1, 7, b"GNU\0") + whole)})
+    assert image_from_elf(elf.data()).notes == image_from_elf(Elf().data()).notes
+
+
+LEGACY = (
+    b"GUEST_OS=linux,GUEST_VER=2.6,XEN_VER=xen-3.0,VIRT_BASE=0xC0000000,ELF_PADDR_OFFSET=0xC0000000,"
+    b"VIRT_ENTRY=0xC0000001,HYPERCALL_PAGE=0x2,FEATURES=writable_page_tables|!pae_pgdir_above_4gb,"
+    b"PAE=yes[extended-cr3],LOADER=generic,BSD_SYMTAB\0rest"
+)
+
+
+def legacy(text: bytes, physical: int = BASE) -> Image:
+    elf = Elf(notes=b"", sections={"__xen_guest": (SHT_PROGBITS, text)})
+    elf.segments = [(PT_LOAD, BASE, physical, CODE, 0x3000)]
+    return image_from_elf(elf.data(), "bad")
+
+
+def test_string_of_a_kernel_from_before_the_notes() -> None:
+    image = legacy(LEGACY)
+    assert (image.base, image.entry, image.hypercall_page, image.mode) == (BASE, BASE + 1, BASE + 0x2000, PAE)
+    notes = image.notes
+    assert (notes.guest_os, notes.guest_version, notes.xen_version) == ("linux", "2.6", "xen-3.0")
+    assert (notes.loader, notes.bsd_symtab, notes.required) == ("generic", True, {"pae_pgdir_above_4gb"})
+    assert notes.supported == {Feature.writable_page_tables, Feature.pae_pgdir_above_4gb}
+
+
+def test_what_a_string_leaves_out() -> None:
+    image = legacy(b"XEN_VER=xen-3.0,VIRT_BASE=0xC0000000")
+    # Physical addresses are then linear ones, and the entry is the file's.
+    assert (image.sections[0].address, image.entry) == (BASE, BASE)
+    assert (image.hypercall_page, image.mode) == (None, TWO_LEVEL)
+    assert legacy(b"VIRT_BASE=0xC0000000,ELF_PADDR_OFFSET=0", physical=0).sections[0].address == BASE
+    assert legacy(b"VIRT_BASE=3221225472,PAE=no").base == BASE
+
+
+@pytest.mark.parametrize("text", [b"VIRT_BASE=C0", b"HYPERCALL_PAGE=", b"ELF_PADDR_OFFSET=0xg"])
+def test_number_in_a_string_that_is_none(text: bytes) -> None:
+    with pytest.raises(ImageError, match=r"'bad': [A-Z_]*=.* in __xen_guest: expected a number"):
+        legacy(text)
+
+
+# Types of further notes, and what is said against them.
+XEN_VERSION, GUEST_OS, LOADER, FEATURES, HV_START_LOW, SUPPORTED = 5, 6, 8, 10, 12, 17
+UNWANTED = {
+    "another loader": (note(LOADER, b"lilo\0") + note(GUEST_OS, b"plan9\0"), "loader 'lilo', expected 'generic'"),
+    "another Xen": (note(XEN_VERSION, b"xen-2.0\0"), "interface 'xen-2.0', expected 'xen-3.0'"),
+    "ring 0": (note(FEATURES, b"dom0|!supervisor_mode_kernel\0"), "requires supervisor_mode_kernel, which is not"),
+    "two things": (note(FEATURES, b"!b|!auto_translated_physmap\0"), "requires auto_translated_physmap, b, which"),
+    "a small hypervisor": (note(HV_START_LOW, 0xFD00_0000), "0xfd000000 or above, it begins at 0xfc000000"),
+    "a smaller one": (note(HV_START_LOW, 0xF600_0000) + note(PAE_MODE, b"yes\0"), "it begins at 0xf5800000"),
+    "a number of 3 bytes": (note(ENTRY, b"\1\2\3"), "note ENTRY has 3 bytes, expected a number of 4 or 8"),
+}
+
+
+@pytest.mark.parametrize("name", UNWANTED)
+def test_kernel_that_asks_for_what_there_is_not(name: str) -> None:
+    notes, message = UNWANTED[name]
+    assert message in refused(Elf(notes=Elf().notes + notes).data())
+
+
+def test_kernel_that_asks_for_what_there_is() -> None:
+    notes = note(LOADER, b"generic\0") + note(XEN_VERSION, b"xen-3.0\0") + note(HV_START_LOW, 0xF580_0000)
+    notes += note(FEATURES, b"!writable_page_tables|pae_pgdir_above_4gb|no_such_feature\0")
+    assert image_from_elf(Elf(notes=Elf().notes + notes).data()).notes.required == {"writable_page_tables"}
+    linux = note(LOADER, b"\0") + note(GUEST_OS, b"linux\0")
+    assert image_from_elf(Elf(notes=Elf().notes + linux).data()).notes.guest_os == "linux"
+
+
+@pytest.mark.parametrize(("bits", "is_refused"), [(1 << 11, False), (1, True), (None, False)])
+def test_initial_domain_only_if_the_kernel_can_be_one(bits: int | None, is_refused: bool) -> None:
+    extra = b"" if bits is None else note(SUPPORTED, bits.to_bytes(8, "little"))
+    image = image_from_elf(Elf(notes=Elf().notes + extra).data())
+    xen = Hypervisor(Machine(memory_mib=4))
+    if is_refused:
+        with pytest.raises(ImageError, match="does not declare the feature dom0"):
+            boot(xen, image, privileged=True)
+    else:
+        boot(xen, image, privileged=True)
+    boot(xen, image)
 
 
 def refused(data: bytes) -> str:
@@ -115,6 +188,7 @@ SPOILED: dict[str, tuple[Elf, str]] = {
     "hypercall page behind": (Elf(notes=note(VIRT_BASE, BASE) + note(HYPERCALL_PAGE, BASE + 0x3000)), "hypercall page"),
     "base not aligned": (Elf(notes=note(VIRT_BASE, BASE - 8) + note(PADDR_OFFSET, BASE - 8)), "start of a page"),
     "below the base": (Elf(notes=note(VIRT_BASE, BASE) + note(PADDR_OFFSET, BASE + 0x1000)), "below"),
+    "an offset and no base": (Elf(notes=note(PADDR_OFFSET, 0)), "no virtual base"),
     "outside 32 bits": (Elf(segments=[(PT_LOAD, 0xFFFF_F000, 0, CODE, 0x2000)], notes=b""), "outside 32 bits"),
     "2 GiB": (Elf(segments=[(PT_LOAD, 0, 0, CODE, 1 << 31)], notes=b""), "claims"),
     "more file than memory": (Elf(segments=[(PT_LOAD, BASE, BASE, CODE, 2)], notes=b""), "claims"),

@@ -11,7 +11,31 @@ from ctypes import c_char, c_int8, c_uint8, c_uint16, c_uint32, c_uint64
 
 MAX_VCPUS = 32
 COMMAND_LINE_BYTES = 1024
-START_INFO_MAGIC = b"xen-3.0-x86_32"
+# Of a guest with two-level page tables, and of one with PAE.
+START_INFO_MAGIC, START_INFO_MAGIC_PAE = b"xen-3.0-x86_32", b"xen-3.0-x86_32p"
+
+
+class GuestConsole(ctypes.LittleEndianStructure):
+    """``start_info.console.domU`` (xen.h): the page of a `ConsoleRing`."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("console_mfn", c_uint32), ("console_evtchn", c_uint32))
+
+
+class InitialConsole(ctypes.LittleEndianStructure):
+    """``start_info.console.dom0`` (xen.h): where from its own start there is a `ScreenInfo`, and its size."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("console_info_off", c_uint32), ("console_info_size", c_uint32))
+
+
+class StartConsole(ctypes.Union):
+    """``start_info.console`` (xen.h): one for the initial domain, the other for all others."""
+
+    _anonymous_ = ("guest", "initial")
+    _fields_ = (("guest", GuestConsole), ("initial", InitialConsole))
 
 
 class StartInfo(ctypes.LittleEndianStructure):
@@ -19,6 +43,7 @@ class StartInfo(ctypes.LittleEndianStructure):
 
     _pack_ = 1
     _layout_ = "ms"
+    _anonymous_ = ("console",)
     _fields_ = (
         ("magic", c_char * 32),
         ("nr_pages", c_uint32),
@@ -26,8 +51,7 @@ class StartInfo(ctypes.LittleEndianStructure):
         ("flags", c_uint32),
         ("store_mfn", c_uint32),
         ("store_evtchn", c_uint32),
-        ("console_mfn", c_uint32),
-        ("console_evtchn", c_uint32),
+        ("console", StartConsole),
         ("pt_base", c_uint32),
         ("nr_pt_frames", c_uint32),
         ("mfn_list", c_uint32),
@@ -36,6 +60,29 @@ class StartInfo(ctypes.LittleEndianStructure):
         ("cmd_line", c_char * COMMAND_LINE_BYTES),
         ("first_p2m_pfn", c_uint32),
         ("nr_p2m_frames", c_uint32),
+    )
+
+
+class ScreenInfo(ctypes.LittleEndianStructure):
+    """``dom0_vga_console_info`` (xen.h): the machine's screen; a ``video_type`` of 0 means that it has none."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("video_type", c_uint8), ("pad", c_uint8 * 3), ("u", c_uint8 * 36))
+
+
+class ConsoleRing(ctypes.LittleEndianStructure):
+    """``xencons_interface`` (io/console.h): two rings of bytes, and how far each side has come with each."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("input", c_uint8 * 1024),
+        ("out", c_uint8 * 2048),
+        ("in_cons", c_uint32),
+        ("in_prod", c_uint32),
+        ("out_cons", c_uint32),
+        ("out_prod", c_uint32),
     )
 
 

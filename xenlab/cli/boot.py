@@ -1,5 +1,8 @@
 """``xenlab boot``: one guest on a machine of its own, with this terminal as its console.
 
+A guest prints by ``console_io`` or into its console ring, and reads either way too: `ConsoleDaemon` looks after
+the ring between two slices.  The initial domain has no ring.
+
 Exit statuses that scripts can rely on:
 
     0    the guest shut itself down (a reboot or suspend counts, and is said on stderr)
@@ -22,16 +25,16 @@ from xenlab.cli.keyboard import Keyboard
 from xenlab.errors import ImageError
 from xenlab.hypervisor.core import Hypervisor, Stop
 from xenlab.hypervisor.domain import Domain
-from xenlab.hypervisor.inputs import Typed
 from xenlab.machine.machine import Machine
 from xenlab.toolstack import Image, boot, image_from_source, load_image
+from xenlab.toolstack.console import ConsoleDaemon
 
 SOURCES = (".s", ".asm")
 # A few milliseconds of guest code: the console is flushed and the keyboard asked this often.
 SLICE = 100_000
 _UNREAD_LIMIT = 1 << 16
 _HOST_MIB = 8
-_GREATEST_MIB = 960  # from 0xC0000000 up to the hypervisor's range
+_GREATEST_MIB = 960  # what a kernel at 0xC0000000 can map at once, below the hypervisor's range
 
 
 class Exit(IntEnum):
@@ -88,6 +91,7 @@ class Session:
             command_line=order.command_line,
             privileged=order.privileged,
         )
+        self._console = ConsoleDaemon(self._xen, self._guest)
         self._shown = 0
         self._unread_at_last_nudge = 0
 
@@ -96,9 +100,10 @@ class Session:
         try:
             reason = self._run()
         except KeyboardInterrupt:
-            self._show()
+            self._settle()
             self._note(f"interrupted: {self._where()}")
             return Exit.INTERRUPTED
+        self._settle()
         return self._ending() if self._guest.ended else self._unfinished(reason)
 
     def _run(self) -> str:
@@ -109,28 +114,39 @@ class Session:
             if left <= 0:
                 return f"its budget of {budget:,} instructions ran out"
             self._feed()
+            self._console.attend()
             stop = self._xen.run(min(SLICE, left)).stop
             self._show()
-            if stop is Stop.IDLE and not self._guest.ended and not self._woken():
+            if stop is Stop.IDLE and not self._guest.ended:
+                self._settle()
+                if self._woken():
+                    continue
                 return "it sleeps, and standard input has ended: nothing can wake it any more"
         return ""
 
     def _feed(self) -> None:
         """Pass on what was typed, unless the guest is far behind in reading."""
-        if len(self._guest.console_in) < _UNREAD_LIMIT and (data := self._keyboard.typed()):
-            self._xen.submit(Typed(self._guest.domid, data))
+        if self._console.unread < _UNREAD_LIMIT and (data := self._keyboard.typed()):
+            self._console.type(data)
 
     def _woken(self) -> bool:
         """Whether a sleeping guest got something to wake up for."""
-        unread = len(self._guest.console_in)
+        unread = self._console.unread
         # It may have looked for input just before some came, and gone to sleep just after.
         if unread and unread != self._unread_at_last_nudge:
             self._unread_at_last_nudge = unread
             data = b""
         elif not (data := self._keyboard.wait()):
             return False
-        self._xen.submit(Typed(self._guest.domid, data))
+        self._console.type(data)
         return True
+
+    def _settle(self) -> None:
+        """Show what is still in the guest's ring, although it does not run on now."""
+        self._console.attend()
+        while self._xen.inputs.apply_next(self._xen):
+            pass
+        self._show()
 
     def _show(self) -> None:
         out, lost = self._guest.console_out, self._guest.console_lost

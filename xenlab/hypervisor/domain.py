@@ -158,6 +158,7 @@ class Domain:
         shutdown: why it ended, None while it has not.
         report: the crash report, empty when it did not crash.
         symbols: names of its addresses, for disassembly and reports.
+        console_mfn: frame of its console ring, 0 if it has none.
     """
 
     domid: int
@@ -178,6 +179,7 @@ class Domain:
     shutdown: Shutdown | None = None
     report: str = ""
     symbols: dict[str, int] = field(default_factory=dict)
+    console_mfn: int = 0
 
     @property
     def console(self) -> str:

@@ -1,8 +1,9 @@
 """Guest images: what is to be loaded where, read from assembly source or from an ELF file.
 
-An ELF kernel says what it needs in Xen notes (elfnote.h): where its address space begins, where
-it starts, where it wants its hypercall page, which page-table format it was built for.  A
-guest assembled from source gets a fixed layout instead, so that its ten lines can stay ten.
+An ELF kernel says in its notes what it needs (`notes`), and its segments are placed accordingly: a
+segment's physical address, less the offset that the kernel declares, is its place in pseudo-physical memory,
+and that begins at the virtual base.  A guest assembled from source gets a fixed layout instead, so that its
+ten lines can stay ten.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from struct import Struct
+from typing import TYPE_CHECKING, Any
 
 from xenlab.abi import numbers
 from xenlab.errors import ImageError
 from xenlab.machine.assembler import assemble
 from xenlab.machine.memory import PAGE_SIZE
-from xenlab.machine.paging import PAE, TWO_LEVEL, PagingMode
+from xenlab.machine.paging import TWO_LEVEL, PagingMode
+from xenlab.toolstack.notes import NOTHING_SAID, Notes, check, notes_of
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
@@ -29,8 +32,9 @@ SOURCE_SHARED_INFO = SOURCE_BASE + PAGE_SIZE
 SOURCE_CODE = SOURCE_BASE + 2 * PAGE_SIZE
 
 ELF_MAGIC = b"\x7fELF"
-_NOTE_ENTRY, _NOTE_HYPERCALL_PAGE, _NOTE_VIRT_BASE, _NOTE_PADDR_OFFSET, _NOTE_PAE_MODE = 1, 2, 3, 4, 9
 _MAX_IMAGE = 1 << 30
+# An entry of the symbol table, and the types that are addresses of something: none, object, function.
+_SYMBOL, _NAMED = Struct("<IIIBBH"), (0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class Image:
         shared_info: where the builder maps the shared-information page, None for nowhere.
         user: linear range that applications in ring 3 may use.
         symbols: labels and their addresses.
+        notes: what the kernel says about itself.
     """
 
     name: str
@@ -67,6 +72,12 @@ class Image:
     shared_info: int | None = None
     user: range = range(0)
     symbols: dict[str, int] = field(default_factory=dict)
+    notes: Notes = NOTHING_SAID
+
+    @property
+    def start(self) -> int:
+        """Linear address of the first section."""
+        return min(section.address for section in self.sections)
 
     @property
     def end(self) -> int:
@@ -158,43 +169,42 @@ def load_image(path: Path) -> Image:
 
 
 def _image_of(elf: ELFFile, data: bytes, name: str) -> Image:
-    notes = dict(_xen_notes(elf))
-    base = _number(notes, _NOTE_VIRT_BASE, 0)
-    sections = tuple(_load_sections(elf, data, name, base, _number(notes, _NOTE_PADDR_OFFSET, base), notes))
+    notes = notes_of(elf, name)
+    check(notes, name)
+    sections = tuple(_load_sections(elf, data, name, notes))
     if not sections:
         raise ImageError(f"image {name!r}: nothing to load (no PT_LOAD segment)")
-    start = min(section.address for section in sections)
     image = Image(
         name,
-        base if _NOTE_VIRT_BASE in notes else start & ~(PAGE_SIZE - 1),
-        _number(notes, _NOTE_ENTRY, elf.header["e_entry"]),
+        (notes.virt_base or 0) if notes.declared else min(part.address for part in sections) & ~(PAGE_SIZE - 1),
+        elf.header["e_entry"] if notes.entry is None else notes.entry,
         sections,
-        _mode_of(notes),
-        _number(notes, _NOTE_HYPERCALL_PAGE, 0) or None,
+        notes.mode,
+        notes.hypercall_page,
         symbols=_symbols(elf),
+        notes=notes,
     )
-    _check(image)
+    _check_addresses(image)
     return image
 
 
-def _check(image: Image) -> None:
-    low, high = min(section.address for section in image.sections), image.end
+def _check_addresses(image: Image) -> None:
     if image.base % PAGE_SIZE:
         raise ImageError(f"image {image.name!r}: virtual base {image.base:#x} is not at the start of a page")
-    if low < image.base:
-        raise ImageError(f"image {image.name!r}: loads at {low:#x}, below its virtual base {image.base:#x}")
-    if not low <= image.entry < high:
-        raise ImageError(f"image {image.name!r}: entry {image.entry:#x} is outside what is loaded, {low:#x}..{high:#x}")
+    if image.start < image.base:
+        raise ImageError(f"image {image.name!r}: loads at {image.start:#x}, below its virtual base {image.base:#x}")
+    if not image.start <= image.entry < image.end:
+        loaded = f"{image.start:#x}..{image.end:#x}"
+        raise ImageError(f"image {image.name!r}: entry {image.entry:#x} is outside what is loaded, {loaded}")
     page = image.hypercall_page
-    if page is not None and (page % PAGE_SIZE or not image.base <= page < high):
+    if page is not None and (page % PAGE_SIZE or not image.base <= page < image.end):
         raise ImageError(f"image {image.name!r}: hypercall page {page:#x} is not a page of the image")
 
 
-def _load_sections(
-    elf: ELFFile, data: bytes, name: str, base: int, paddr_offset: int, notes: dict[int, bytes]
-) -> Iterator[Section]:
-    for segment in elf.iter_segments("PT_LOAD"):
-        header = segment.header
+def _load_sections(elf: ELFFile, data: bytes, name: str, notes: Notes) -> Iterator[Section]:
+    headers = [segment.header for segment in elf.iter_segments("PT_LOAD")]
+    shift = _shift(headers, name, notes)
+    for header in headers:
         offset, in_file, size = header["p_offset"], header["p_filesz"], header["p_memsz"]
         if offset + in_file > len(data):
             raise ImageError(
@@ -202,47 +212,34 @@ def _load_sections(
             )
         if in_file > size or size > _MAX_IMAGE:
             raise ImageError(f"image {name!r}: a segment of {in_file:#x} file bytes claims {size:#x} bytes of memory")
-        address = header["p_paddr"] - paddr_offset + base if _NOTE_VIRT_BASE in notes else header["p_vaddr"]
+        address = header["p_paddr"] + shift if notes.declared else header["p_vaddr"]
         if not 0 <= address <= 0xFFFF_FFFF - size:
             raise ImageError(f"image {name!r}: a segment would load at {address:#x}, outside 32 bits")
         if size:
             yield Section(address, data[offset : offset + in_file], size)
 
 
-def _xen_notes(elf: ELFFile) -> Iterator[tuple[int, bytes]]:
-    for segment in elf.iter_segments("PT_NOTE"):
-        yield from _notes_in(segment.data())
-
-
-def _notes_in(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Notes called "Xen": three words (name size, data size, type), then both, 4-byte aligned."""
-    at = 0
-    while at + 12 <= len(data):
-        name_size, size, kind = (int.from_bytes(data[at + n : at + n + 4], "little") for n in (0, 4, 8))
-        content = at + 12 + (name_size + 3 & ~3)
-        if data[at + 12 : at + 12 + name_size] == b"Xen\0":
-            yield kind, data[content : content + size]
-        at = content + (size + 3 & ~3)
-
-
-def _number(notes: dict[int, bytes], kind: int, default: int) -> int:
-    return int.from_bytes(notes[kind][:8], "little") if kind in notes else default
-
-
-def _mode_of(notes: dict[int, bytes]) -> PagingMode:
-    value = notes.get(_NOTE_PAE_MODE, b"no")
-    return PAE if value.startswith(b"yes") or value[:1] == b"\x01" else TWO_LEVEL
+def _shift(headers: list[Any], name: str, notes: Notes) -> int:
+    """From the physical addresses in the file to linear ones."""
+    base = notes.virt_base or 0
+    if notes.paddr_offset is not None:
+        if notes.virt_base is None:
+            raise ImageError(f"image {name!r}: has an offset for physical addresses and no virtual base to add to them")
+        return base - notes.paddr_offset
+    # The default is 0, and the base in the older string.  Who has linked without a thought to physical
+    # addresses has them equal to the linear ones; under the default such a kernel could not start at all.
+    unthinking = all(header["p_paddr"] == header["p_vaddr"] for header in headers)
+    return 0 if notes.legacy or unthinking else base
 
 
 def _symbols(elf: ELFFile) -> dict[str, int]:
-    from elftools.elf.sections import SymbolTableSection
-
+    """Names with addresses, read in one pass: a kernel may have a hundred thousand."""
     table = elf.get_section_by_name(".symtab")
-    if not isinstance(table, SymbolTableSection):
+    if table is None or table["sh_type"] != "SHT_SYMTAB":
         return {}
-    wanted = ("STT_FUNC", "STT_NOTYPE", "STT_OBJECT")
+    names, entries = elf.get_section(table["sh_link"]).data(), table.data()
     return {
-        symbol.name: symbol["st_value"]
-        for symbol in table.iter_symbols()
-        if symbol.name and symbol["st_info"]["type"] in wanted and symbol["st_value"]
+        names[name : names.index(0, name)].decode("utf-8", "backslashreplace"): value
+        for name, value, _size, info, _other, _section in _SYMBOL.iter_unpack(entries[: len(entries) // 16 * 16])
+        if name and value and info & 15 in _NAMED
     }
