@@ -86,10 +86,10 @@ def test_samples_and_floors_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verdict_is_a_word(xenlab: Run) -> None:
     low, high = fixed("low", Unit.RATIO, 9.0), fixed("high", Unit.FLOORS, 11.0)
-    assert not low.met(9.0)
-    assert low.met(10.0)
-    assert not high.met(11.0)
-    assert high.met(10.0)
+    assert not low.met(9.0, 1000)
+    assert low.met(10.0, 1000)
+    assert not high.met(11.0, 1000)
+    assert high.met(10.0, 1000)
     from rich.console import Console
 
     console = Console(width=100)
