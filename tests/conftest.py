@@ -20,6 +20,13 @@ settings.load_profile("xenlab")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the storms unless they are asked for."""
+    if "storm" not in config.option.markexpr:
+        for item in [item for item in items if item.get_closest_marker("storm")]:
+            item.add_marker(pytest.mark.skip(reason="asked for by -m storm"))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the clone."""

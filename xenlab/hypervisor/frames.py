@@ -89,8 +89,7 @@ class FrameTable:
             self.owner[mfn] = XEN
         start = self.m2p_frames.start << PAGE_SHIFT
         self.m2p = memory.words[start >> 2 : (start >> 2) + count]
-        for mfn in range(count):
-            self.m2p[mfn] = NO_PFN
+        memory.bytes[start : start + 4 * count] = NO_PFN.to_bytes(4, "little") * count
         self._free = _scattered(first, count)
 
     @property

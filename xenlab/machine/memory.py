@@ -9,7 +9,8 @@ The invariant: there is exactly one copy of every byte of machine memory.  What 
 without it: a page-table entry that the hypervisor validated would not be the one that the
 emulated MMU walks.
 
-Pages that nobody touched cost no host memory, since the mapping is anonymous.
+Pages that nobody wrote to cost no host memory, since the mapping is anonymous and private: reading
+one finds the host's page of zeros.  `Memory.scrub` keeps it so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 PAGE_MASK = ~(PAGE_SIZE - 1) & 0xFFFF_FFFF
+_ZEROS = bytes(PAGE_SIZE)
 MIN_MIB, MAX_MIB = 1, 2048
 
 
@@ -49,7 +51,8 @@ class Memory:
             raise MachineError(f"memory_mib: expected a whole number from {MIN_MIB} to {MAX_MIB}, found {memory_mib!r}")
         self.size = memory_mib << 20
         self.frames = self.size >> PAGE_SHIFT
-        self._map = mmap.mmap(-1, self.size)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map = mmap.mmap(-1, self.size, **private)
         self.bytes = memoryview(self._map)
         self.words = self.bytes.cast("I")
         self.qwords = self.bytes.cast("Q")
@@ -75,8 +78,10 @@ class Memory:
         return self.bytes[mfn << PAGE_SHIFT : (mfn + 1) << PAGE_SHIFT]
 
     def scrub(self, mfn: int) -> None:
-        """Fill frame ``mfn`` with zeros."""
-        self.frame(mfn)[:] = bytes(PAGE_SIZE)
+        """Fill frame ``mfn`` with zeros, unless it is full of them."""
+        frame = self.frame(mfn)
+        if frame != _ZEROS:
+            frame[:] = _ZEROS
 
     def array(self) -> NDArray[np.uint8]:
         """All of memory as a numpy array over the same bytes, shape ``(frames, 4096)``."""
