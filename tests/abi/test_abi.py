@@ -117,7 +117,13 @@ def expectations() -> dict[str, int]:
                 c_field = C_FIELDS.get((name, field), field)
                 expected[f"__builtin_offsetof({c_name}, {c_field})"] = getattr(structure, field).offset
     expected |= {f"__HYPERVISOR_{call.name}": call for call in numbers.Hypercall}
-    expected |= {f"XEN_{errno.name}": errno for errno in numbers.Errno}
+    # The header shows ERESTART to Xen itself only.
+    expected |= {f"XEN_{errno.name}": errno for errno in numbers.Errno if errno != numbers.Errno.ERESTART}
+    expected |= {f"MMUEXT_{command.name}": command for command in numbers.MmuextOp}
+    expected |= {f"UVMF_{flag.name}": flag for flag in numbers.UvmFlags}
+    expected |= {f"XENMEM_{command.name.lower()}": command for command in numbers.MemoryOp}
+    expected |= {f"VMASST_CMD_{command.name.lower()}": command for command in numbers.VmAssist}
+    expected |= {name: getattr(numbers, name) for name in ("DOMID_SELF", "DOMID_IO", "DOMID_XEN")}
     expected |= {f"SCHEDOP_{command.name.lower()}": command for command in numbers.SchedOp}
     expected |= {f"SHUTDOWN_{reason.name.lower()}": reason for reason in numbers.Shutdown}
     expected |= {f"CONSOLEIO_{command.name.lower()}": command for command in numbers.ConsoleIo}
@@ -129,6 +135,18 @@ def expectations() -> dict[str, int]:
     expected |= {
         "FIRST_RESERVED_GDT_PAGE": numbers.FIRST_RESERVED_GDT_PAGE,
         "__HYPERVISOR_VIRT_START_PAE": numbers.HYPERVISOR_START_PAE,
+        "__HYPERVISOR_VIRT_START_NONPAE": numbers.HYPERVISOR_START_TWO_LEVEL,
+        "__MACH2PHYS_VIRT_END_PAE": numbers.MACH2PHYS_END_PAE,
+        "__MACH2PHYS_VIRT_END_NONPAE": numbers.MACH2PHYS_END_TWO_LEVEL,
+        "MMU_NORMAL_PT_UPDATE": numbers.MmuUpdate.NORMAL,
+        "MMU_MACHPHYS_UPDATE": numbers.MmuUpdate.MACHPHYS,
+        "MMU_PT_UPDATE_PRESERVE_AD": numbers.MmuUpdate.PRESERVE_AD,
+        "VMASST_TYPE_writable_pagetables": numbers.VmAssistType.WRITABLE_PAGETABLES,
+        "VMASST_TYPE_pae_extended_cr3": numbers.VmAssistType.PAE_EXTENDED_CR3,
+        "sizeof(struct mmu_update)": 16,
+        "sizeof(struct mmuext_op)": 12,
+        "sizeof(struct xen_memory_reservation)": 20,
+        "sizeof(struct xen_memory_exchange)": 44,
         "XEN_LEGACY_MAX_VCPUS": structures.MAX_VCPUS,
         "MAX_GUEST_CMDLINE": structures.COMMAND_LINE_BYTES,
     }
@@ -143,7 +161,7 @@ def test_equal_to_xens_headers(tmp_path: Path) -> None:
     lines += ["typedef unsigned short uint16_t; typedef unsigned int uint32_t; typedef unsigned long long uint64_t;"]
     lines += ["typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;"]
     lines += ["typedef unsigned int size_t; typedef int ssize_t; typedef unsigned long uintptr_t;"]
-    headers = ("xen.h", "sched.h", "version.h", "errno.h", "elfnote.h", "features.h", "io/console.h")
+    headers = ("xen.h", "sched.h", "version.h", "errno.h", "elfnote.h", "features.h", "io/console.h", "memory.h")
     lines += [f"#include <xen/{header}>" for header in headers]
     lines += [f'_Static_assert(({what}) == {int(value)}, "{what}");' for what, value in expectations().items()]
     source = tmp_path / "abi.c"

@@ -60,6 +60,7 @@ class Errno(IntEnum):
     EINVAL = 22
     ENOSPC = 28
     ENOSYS = 38
+    ERESTART = 85  # inside Xen only: the guest makes the call again and never sees it
     EOPNOTSUPP = 95
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xenlab.abi.numbers import HYPERCALL_VECTOR, Shutdown
+from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Shutdown
 from xenlab.errors import HypercallError, PartError, XenlabError
 from xenlab.hypervisor import lifecycle, saving
 from xenlab.hypervisor.checked_types import CheckedTypes
@@ -56,8 +56,6 @@ _U32 = 0xFFFF_FFFF
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
 _HYPERCALL, _RETURN, _SWITCH, _FLUSH = (int(kind) for kind in (Kind.HYPERCALL, Kind.RETURN, Kind.SWITCH, Kind.FLUSH))
 _RUNNABLE = RunState.RUNNABLE
-# In the trace, the answer of a call that the guest has to make again.
-CALL_AGAIN = 1
 
 
 class Hypervisor:
@@ -213,7 +211,7 @@ class Hypervisor:
                     result = -refusal.errno
                     vcpu.state.set_eax(result & _U32)
                 except Continuation as again:
-                    result = CALL_AGAIN
+                    result = -Errno.ERESTART
                     again.rewind(vcpu.state)
                 if record is not None:
                     record((now, _RETURN, domid, number, result))
