@@ -13,6 +13,19 @@ from xenlab.machine.segments import flat_code, flat_data
 GDT, CODE, STACK, TABLES, DATA = 0x2000, 0x4000, 0xA000, 0x10000, 0x20000
 SELECTORS = {1: (0x19, 0x21), 3: (0x2B, 0x33)}
 PAGE_FLAGS = PRESENT | RW | USER | ACCESSED | DIRTY
+# Every way that instructions reach memory, at address ``{a}``.
+MEMORY_FORMS = (
+    "mov eax, [{a}]", "mov [{a}], eax", "add [{a}], eax", "add eax, [{a}]", "xchg [{a}], eax",
+    "lock inc dword ptr [{a}]",
+    "cmpxchg [{a}], ecx", "cmpxchg8b [{a}]", "push dword ptr [{a}]", "pop dword ptr [{a}]", "call dword ptr [{a}]",
+    "fld tbyte ptr [{a}]", "fstp tbyte ptr [{a}]", "movups xmm0, [{a}]", "movups [{a}], xmm0", "fxsave [{a}]",
+    "bts [{a}], eax", "inc byte ptr [{a}]", "mov esp, {a}\npushad", "mov esp, {a}\npopad", "mov esp, {a}\nretf",
+    "mov esp, {a}\niretd", "mov esp, {a}\ncall 0x4100", "mov ebp, {a}\nleave", "mov esi, {a}\nmovsd",
+    "mov edi, {a}\nmovsd", "mov edi, {a}\nmov ecx, 9\nrep stosd", "mov ds, [{a}]", "les eax, [{a}]",
+    "jmp dword ptr [{a}]", "lcall [{a}]", "mov eax, {a}\njmp eax", "fnstenv [{a}]", "enter 8, 3",
+    "mov esp, {a}\npop es",
+    "mov ebx, {a}\nmov al, 0\nxlatb", "mov eax, 1\nimul edx, [{a}], 5", "mov eax, {a}\nlldt ax",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,4 +118,4 @@ class Bare:
             self.handle(self, trap)
 
 
-__all__ = ["CODE", "DATA", "GDT", "PAGE_FLAGS", "SELECTORS", "STACK", "TABLES", "Bare", "Trap"]
+__all__ = ["CODE", "DATA", "GDT", "MEMORY_FORMS", "PAGE_FLAGS", "SELECTORS", "STACK", "TABLES", "Bare", "Trap"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bare_machine import CODE, Bare
+from bare_machine import CODE, MEMORY_FORMS, Bare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,20 +157,6 @@ def test_a_failed_probe_chooses_the_portable_cpu(monkeypatch) -> None:
 
     monkeypatch.setattr("xenlab.machine.machine.probe", fail)
     assert isinstance(Machine(1).cpu, PortableCpu)
-
-
-MEMORY_FORMS = (
-    "mov eax, [{a}]", "mov [{a}], eax", "add [{a}], eax", "add eax, [{a}]", "xchg [{a}], eax",
-    "lock inc dword ptr [{a}]",
-    "cmpxchg [{a}], ecx", "cmpxchg8b [{a}]", "push dword ptr [{a}]", "pop dword ptr [{a}]", "call dword ptr [{a}]",
-    "fld tbyte ptr [{a}]", "fstp tbyte ptr [{a}]", "movups xmm0, [{a}]", "movups [{a}], xmm0", "fxsave [{a}]",
-    "bts [{a}], eax", "inc byte ptr [{a}]", "mov esp, {a}\npushad", "mov esp, {a}\npopad", "mov esp, {a}\nretf",
-    "mov esp, {a}\niretd", "mov esp, {a}\ncall 0x4100", "mov ebp, {a}\nleave", "mov esi, {a}\nmovsd",
-    "mov edi, {a}\nmovsd", "mov edi, {a}\nmov ecx, 9\nrep stosd", "mov ds, [{a}]", "les eax, [{a}]",
-    "jmp dword ptr [{a}]", "lcall [{a}]", "mov eax, {a}\njmp eax", "fnstenv [{a}]", "enter 8, 3",
-    "mov esp, {a}\npop es",
-    "mov ebx, {a}\nmov al, 0\nxlatb", "mov eax, 1\nimul edx, [{a}], 5", "mov eax, {a}\nlldt ax",
-)  # fmt: skip
 
 
 @settings(max_examples=150)

@@ -85,6 +85,16 @@ class Cpu(Protocol):
 
     deadline: int
 
+    @property
+    def engine(self) -> Engine:
+        """What executes the code; for instruments, such as `accesses`."""
+        ...
+
+    @property
+    def time_in_guest(self) -> int:
+        """In a callback of the engine: `instructions` with the one at hand; -1 if that is none of the guest's."""
+        ...
+
     def run_until(self, end: int) -> None:
         """Run until ``instructions`` reaches ``end`` or ``deadline``, or the handler calls `stop`."""
         ...
@@ -166,6 +176,14 @@ class ProbedCpu:
     @instructions.setter
     def instructions(self, value: int) -> None:
         self._base = value
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def time_in_guest(self) -> int:
+        return self.instructions if self._running and self._stopping is None else -1
 
     def load(self, state: ContextState) -> None:
         self.state = state

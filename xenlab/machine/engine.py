@@ -31,6 +31,8 @@ TRANSLATIONS = 64 << 20
 _ptr = ctypes.c_void_p
 INTERRUPT_CALLBACK = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint32, _ptr)
 INVALID_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, _ptr, _ptr)
+CODE_CALLBACK = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint64, ctypes.c_uint32, _ptr)
+MEMORY_CALLBACK = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, _ptr)
 
 GENERAL = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -64,6 +66,7 @@ _mem_map_ptr = _function("uc_mem_map_ptr", _ptr, ctypes.c_uint64, ctypes.c_size_
 _hook_add = _function(
     "uc_hook_add", _ptr, ctypes.POINTER(ctypes.c_size_t), ctypes.c_int, _ptr, _ptr, ctypes.c_uint64, ctypes.c_uint64
 )
+_hook_del = _function("uc_hook_del", _ptr, ctypes.c_size_t)
 _CR3 = REGISTER_IDS["cr3"]
 
 
@@ -119,6 +122,30 @@ class Engine:
         """Call ``function`` for one of the instructions that Unicorn lets a hook replace."""
         self.uc.hook_add(unicorn.UC_HOOK_INSN, function, None, 1, 0, instruction)
 
+    def observe(
+        self, begun: Callable[[int, int, int, int], None], accessed: Callable[[int, int, int, int, int, int], None]
+    ) -> Callable[[], None]:
+        """Have each instruction and each access to memory reported, which makes both many times slower.
+
+        Args:
+            begun: called as ``begun(_, linear address, length, _)``; the length of an invalid opcode is a huge number.
+            accessed: called as ``accessed(_, kind, machine address, size, _, _)`` with Unicorn's kind.
+
+        Returns:
+            What ends it.  Neither is to be called during a run; the TLB keeps its entries.
+        """
+        both = unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE
+        callbacks = {unicorn.UC_HOOK_CODE: CODE_CALLBACK(begun), both: MEMORY_CALLBACK(accessed)}
+        hooks = {self._hook(kind, callback): callback for kind, callback in callbacks.items()}
+        self.uc.ctl_flush_tb()  # code that is already translated would not report
+
+        def end() -> None:
+            for hook in hooks:
+                _hook_del(self.handle, hook)
+            self.uc.ctl_flush_tb()
+
+        return end
+
     def write(self, register: str, value: int) -> None:
         """Set a register by name through the public API."""
         self.uc.reg_write(REGISTER_IDS[register], value)
@@ -134,12 +161,16 @@ class Engine:
         return value
 
     def _raw_hook(self, kind: int, callback: Any) -> None:
+        self._hook(kind, callback)
+        self._callbacks.append(callback)
+
+    def _hook(self, kind: int, callback: Any) -> int:
         # Hooks with begin > end apply to every address.
         hook = ctypes.c_size_t()
         status = _hook_add(self.handle, ctypes.byref(hook), kind, ctypes.cast(callback, _ptr), None, 1, 0)
         if status:
             raise MachineError(f"Unicorn refused a hook of kind {kind}: error {status}")
-        self._callbacks.append(callback)
+        return hook.value
 
 
 class Context:

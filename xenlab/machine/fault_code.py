@@ -184,7 +184,8 @@ class SelectorCodes:
 
 
 @cache
-def _decoder() -> Any:
+def decoder() -> Any:
+    """Capstone for 32-bit x86, with operands."""
     import capstone  # 0.15 s: only for guests that fault
 
     decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_32)
@@ -197,7 +198,7 @@ def decode(memory: Memory, state: Faulting) -> Any:
     at = state.segment("cs").base + state.eip & 0xFFFF_FFFF
     # The emulator accepts LOCK before instructions that do not write to memory; Capstone does not.
     code = read_linear(memory, state, at, LONGEST_INSTRUCTION).lstrip(b"\xf0")
-    return next(_decoder().disasm(code, at, 1), None)
+    return next(decoder().disasm(code, at, 1), None)
 
 
 def read_linear(memory: Memory, state: Faulting, address: int, length: int) -> bytes:
@@ -230,4 +231,4 @@ _SELECTOR_OF: dict[str, _Finder] = {
 }
 _READS_DESCRIPTOR = {*_SELECTOR_OF, "lar", "lsl", "verr", "verw"}
 
-__all__ = ["LONGEST_INSTRUCTION", "PageFaultCodes", "SelectorCodes", "read_linear"]
+__all__ = ["LONGEST_INSTRUCTION", "PageFaultCodes", "SelectorCodes", "decoder", "read_linear"]

@@ -96,7 +96,7 @@ class PortableCpu:
         self.instructions = self.deadline = self.flushes = 0
         self._engine = engine = Engine(memory)
         self._gdt = (0, 0)
-        self._stopping = False
+        self._stopping = self._running = False
         self._vector: int | None = None
         self._leaving: Context | None = None
         self._step: StepHandler | None = None
@@ -123,6 +123,15 @@ class PortableCpu:
     def set_gdt(self, base: int, limit: int) -> None:
         """Point GDTR of all states made from now on at linear address ``base``."""
         self._gdt = (base, limit)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def time_in_guest(self) -> int:
+        counts = self._running and self._vector is None and self._leaving is None
+        return self.instructions + self._begun if counts else -1
 
     def load(self, state: PortableState) -> None:
         self.state = state
@@ -155,7 +164,9 @@ class PortableCpu:
     def _run_to_trap(self, limit: int) -> None:
         self._enter(self.state)
         self._vector, self._leaving, self._begun, self._last = None, None, 0, 0
+        self._running = True
         status = self._engine.start(self.state.eip, limit)
+        self._running = False
         begun = min(self._begun, limit)
         self.instructions += begun
         if self._leaving is not None:

@@ -1,0 +1,233 @@
+"""The accesses of a run, recorded once and replayed through any number of TLBs (paper 2.1.1).
+
+The problem: would another TLB, or a hypervisor somewhere else, have cost more?  Two runs are hard to
+compare; one run whose accesses are written down is not.
+
+What is recorded: each access of guest code; each copy that the hypervisor makes from or to a guest's memory;
+when it was entered and left; and each flush of the TLB with its reason.  With an access stands what the page
+tables said at that moment, since a TLB asks them only when it has to.
+
+The invariant: recording changes nothing; trace and machine are those of the run without it.  What breaks
+without it: the figures are those of another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from xenlab.hypervisor.core import Hypervisor
+from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.guest_memory import GuestMemory
+from xenlab.machine.accesses import UNKNOWN, AccessKind, AccessWatch, accesses
+from xenlab.machine.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from xenlab.machine.paging import ACCESSED, DIRTY, READ, PageFault, walk
+
+# In place of the address of an instruction: the hypervisor did it.
+BY_HYPERVISOR = -1
+# Why the hypervisor was entered when no instruction trapped: the end of a slice.
+TIMER = -1
+
+
+class Touch(NamedTuple):
+    """An access to one page.
+
+    Attributes:
+        time: instructions begun.
+        page: linear page number.
+        frame, flags: what the page tables said.
+        kind: read, write or fetch.
+        eip: the instruction, or `BY_HYPERVISOR`.
+        stale: whether the CPU itself went to another frame, by a translation that was no longer in the tables.
+    """
+
+    time: int
+    page: int
+    frame: int
+    flags: int
+    kind: AccessKind
+    eip: int
+    stale: bool
+
+
+class Enter(NamedTuple):
+    """The hypervisor was entered: by a trap with this vector, or by `TIMER`."""
+
+    time: int
+    vector: int
+
+
+class Leave(NamedTuple):
+    """Guest code goes on."""
+
+    time: int
+
+
+class Flush(NamedTuple):
+    """The TLB was emptied, or of one page if ``address`` is not 0."""
+
+    time: int
+    reason: str
+    address: int
+
+
+Entry = Touch | Enter | Leave | Flush
+
+
+@dataclass(slots=True)
+class AccessLog:
+    """What `recorded` gives.
+
+    Attributes:
+        entries: in the order in which things happened.
+        start: the time at which recording began.
+        unexplained: accesses that could not be traced back to a linear address, see `AccessWatch`.
+    """
+
+    start: int
+    entries: list[Entry] = field(default_factory=list)
+    unexplained: int = 0
+
+    def traps(self) -> int:
+        """How often the hypervisor was entered."""
+        return sum(type(entry) is Enter for entry in self.entries)
+
+    def stale(self) -> list[Touch]:
+        """The accesses that the CPU made by a translation that was no longer in the page tables."""
+        return [entry for entry in self.entries if type(entry) is Touch and entry.stale]
+
+
+class _Recorder:
+    """Stands between the CPU and the hypervisor while a run is recorded."""
+
+    def __init__(self, xen: Hypervisor, log: AccessLog) -> None:
+        self._xen, self._log, self._add = xen, log, log.entries.append
+        self.watch: AccessWatch
+        self._flushes = xen.cpu.flushes
+        self._inside = False
+        self.handler = xen.cpu.handler
+        # What pages lead to by the tables, which change in the hypervisor only.
+        self._found: dict[int, tuple[int, int] | None] = {}
+
+    def seen(self, kind: AccessKind, address: int, size: int, machine: int) -> None:
+        """Guest code made an access."""
+        time, eip = self.watch.time, self.watch.eip
+        self._notice_flush(time)
+        for at in _pages(address, size):
+            page, used = at >> PAGE_SHIFT, machine >> PAGE_SHIFT if machine != UNKNOWN and at == address else UNKNOWN
+            found = self._find(page)
+            # A page that is gone from the tables, and still used.
+            frame, flags = found or (used, 0)
+            if frame != UNKNOWN:
+                self._add(Touch(time, page, frame, flags, kind, eip, used not in (UNKNOWN, frame) or found is None))
+
+    def copied(self, kind: AccessKind, address: int, size: int) -> None:
+        """The hypervisor makes a copy from or to the memory of the running guest."""
+        if self._inside:
+            for at in _pages(address, size):
+                found = self._find(at >> PAGE_SHIFT)
+                if found is not None:
+                    self._add(Touch(self._xen.now, at >> PAGE_SHIFT, *found, kind, BY_HYPERVISOR, False))
+
+    def trap(self, vector: int, error: int, address: int) -> None:
+        """In place of the hypervisor's own handler."""
+        self._notice_flush(self._xen.now)
+        self._add(Enter(self._xen.now, vector))
+        self._inside = True
+        try:
+            self.handler(vector, error, address)
+        finally:
+            self._inside = False
+            self._note_flush(self._xen.now)
+            self._found.clear()
+            self._add(Leave(self._xen.now))
+
+    def _notice_flush(self, time: int) -> None:
+        """A flush between two traps: a slice has ended.  It is done when the run goes on."""
+        if self._flushes != self._xen.cpu.flushes:
+            self._found.clear()
+            self._add(Enter(time, TIMER))
+            self._note_flush(time)
+            self._add(Leave(time))
+
+    def _note_flush(self, time: int) -> None:
+        if self._flushes != self._xen.cpu.flushes:
+            self._flushes = self._xen.cpu.flushes
+            self._add(Flush(time, "flush", 0))
+
+    def _find(self, page: int) -> tuple[int, int] | None:
+        if page not in self._found:
+            state = self._xen.cpu.state
+            found = walk(self._xen.memory, state.mode, state.cr3, page << PAGE_SHIFT, READ, update=False)
+            if isinstance(found, PageFault):
+                self._found[page] = None
+            else:
+                flags = found.entry & ~(state.mode.frame_mask | ACCESSED | DIRTY)
+                self._found[page] = found.machine >> PAGE_SHIFT, flags
+        return self._found[page]
+
+
+@contextmanager
+def recorded(xen: Hypervisor) -> Iterator[AccessLog]:
+    """Record what ``xen`` does within this context, which must begin and end between runs.
+
+    A run is many times slower meanwhile, and does the same.
+    """
+    log = AccessLog(xen.now)
+    recorder = _Recorder(xen, log)
+    xen.cpu.handler = recorder.trap
+    try:
+        with accesses(xen.cpu, xen.memory, recorder.seen) as recorder.watch, _copies(xen.guest_memory, recorder.copied):
+            yield log
+    finally:
+        xen.cpu.handler = recorder.handler
+        log.unexplained = recorder.watch.unexplained
+
+
+@contextmanager
+def _copies(guest: GuestMemory, copied: Callable[[AccessKind, int, int], None]) -> Iterator[None]:
+    """Report each copy, by standing in front of the methods of this one object: others, and later runs, pay nothing."""
+    plain = {name: getattr(guest, name) for name in _COPIES}
+    within: list[str] = []
+
+    def in_front_of(name: str) -> Callable[..., Any]:
+        def method(vcpu: Vcpu, address: int, what: Any, *rest: Any) -> Any:
+            if not within:  # else one copy does its work by another
+                kind, size = _COPIES[name]
+                copied(kind, address, size(what))
+            within.append(name)
+            try:
+                return plain[name](vcpu, address, what, *rest)
+            finally:
+                within.pop()
+
+        return method
+
+    for name in plain:
+        setattr(guest, name, in_front_of(name))
+    try:
+        yield
+    finally:
+        for name in plain:
+            delattr(guest, name)
+
+
+# The copies of `GuestMemory`: what they do, and how many bytes by their third argument.
+_COPIES: dict[str, tuple[AccessKind, Callable[[Any], int]]] = {
+    "read": (AccessKind.READ, int),
+    "read_words": (AccessKind.READ, lambda count: 4 * count),
+    "write": (AccessKind.WRITE, len),
+    "write_words": (AccessKind.WRITE, lambda words: 4 * len(words)),
+}
+
+
+def _pages(address: int, size: int) -> Iterator[int]:
+    """``address``, and the start of each further page up to ``size`` bytes on."""
+    end = address + max(size, 1)
+    yield address
+    yield from (at & 0xFFFF_FFFF for at in range((address & PAGE_MASK) + PAGE_SIZE, end, PAGE_SIZE))
+
+
+__all__ = ["BY_HYPERVISOR", "TIMER", "AccessLog", "Enter", "Entry", "Flush", "Leave", "Touch", "recorded"]
