@@ -16,7 +16,7 @@ from xenlab.labs import lesson03
 from xenlab.machine.accesses import AccessKind
 from xenlab.machine.paging import PAE, TWO_LEVEL
 from xenlab.machine.tlb import EVICTED, FIRST, FLUSHED, Policy, Tlb
-from xenlab.timeline.access_log import BY_HYPERVISOR, TIMER, AccessLog, Enter, Flush, Leave, Touch, recorded
+from xenlab.timeline.access_log import BY_HYPERVISOR, NO_TRAP, AccessLog, Enter, Flush, Leave, Touch, recorded
 from xenlab.timeline.digest import machine_hash
 from xenlab.timeline.tlb_replay import ENTRY, EXIT, HYPERVISOR_PAGE, TlbReplay, both_spaces
 
@@ -82,7 +82,8 @@ def test_nothing_is_left_behind() -> None:
     log = record(xen, 100)
     length = len(log.entries)
     assert xen.cpu.handler == xen.trap
-    assert not {"read", "read_words", "write", "write_words"} & set(vars(xen.guest_memory))
+    assert not {"read", "read_words", "write", "write_words", "machine_address"} & set(vars(xen.guest_memory))
+    assert "note" not in vars(xen.tlb)
     xen.run(1_000)
     assert len(log.entries) == length
 
@@ -114,7 +115,7 @@ def test_the_hypervisor_is_entered_and_left_in_turn_and_time_goes_forward() -> N
         else:
             assert (entry.eip == BY_HYPERVISOR) is inside
     assert not inside
-    vectors = [entry.vector for entry in log.entries if type(entry) is Enter and entry.vector != TIMER]
+    vectors = [entry.vector for entry in log.entries if type(entry) is Enter and entry.vector != NO_TRAP]
     events = xen.trace.events()
     assert vectors == [
         0x82 if e.kind is Kind.HYPERCALL else e.vector for e in events if e.kind in (Kind.TRAP, Kind.HYPERCALL)
@@ -136,7 +137,7 @@ def test_flushes_are_logged_when_a_slice_ends_and_inside_a_call(portable: bool) 
     log = record(xen, 5 * SLICE)
     flushes = [entry for entry in log.entries if type(entry) is Flush]
     assert len(flushes) == xen.cpu.flushes - before == 5
-    assert {entry.vector for entry in log.entries if type(entry) is Enter} == {TIMER}
+    assert {entry.vector for entry in log.entries if type(entry) is Enter} == {NO_TRAP}
     polite = lesson03.talkers(polite=True, instructions=1)
     assert {entry.vector for entry in record(polite, 1_000).entries if type(entry) is Enter} == {0x82}
 

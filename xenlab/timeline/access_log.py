@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Vcpu
-from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.machine.accesses import UNKNOWN, AccessKind, AccessWatch, accesses
 from xenlab.machine.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.paging import ACCESSED, DIRTY, READ, PageFault, walk
 
 # In place of the address of an instruction: the hypervisor did it.
 BY_HYPERVISOR = -1
-# Why the hypervisor was entered when no instruction trapped: the end of a slice.
-TIMER = -1
+# In place of a vector: no instruction trapped; a slice has ended, or a single step.
+NO_TRAP = -1
+# A flush for which the hypervisor gave no reason.
+UNNAMED = "other"
 
 
 class Touch(NamedTuple):
@@ -53,7 +54,7 @@ class Touch(NamedTuple):
 
 
 class Enter(NamedTuple):
-    """The hypervisor was entered: by a trap with this vector, or by `TIMER`."""
+    """The hypervisor was entered, by a trap with this vector or for another reason (`NO_TRAP`)."""
 
     time: int
     vector: int
@@ -82,11 +83,12 @@ class AccessLog:
 
     Attributes:
         entries: in the order in which things happened.
-        start: the time at which recording began.
+        start, end: the times at which recording began and ended.
         unexplained: accesses that could not be traced back to a linear address, see `AccessWatch`.
     """
 
     start: int
+    end: int = 0
     entries: list[Entry] = field(default_factory=list)
     unexplained: int = 0
 
@@ -106,7 +108,9 @@ class _Recorder:
         self._xen, self._log, self._add = xen, log, log.entries.append
         self.watch: AccessWatch
         self._flushes = xen.cpu.flushes
-        self._inside = False
+        self._inside = self._copying = False
+        self._note = xen.tlb.note
+        self._waiting: list[tuple[str, int]] = []
         self.handler = xen.cpu.handler
         # What pages lead to by the tables, which change in the hypervisor only.
         self._found: dict[int, tuple[int, int] | None] = {}
@@ -114,7 +118,7 @@ class _Recorder:
     def seen(self, kind: AccessKind, address: int, size: int, machine: int) -> None:
         """Guest code made an access."""
         time, eip = self.watch.time, self.watch.eip
-        self._notice_flush(time)
+        self._notice_flushes(time)
         for at in _pages(address, size):
             page, used = at >> PAGE_SHIFT, machine >> PAGE_SHIFT if machine != UNKNOWN and at == address else UNKNOWN
             found = self._find(page)
@@ -123,39 +127,62 @@ class _Recorder:
             if frame != UNKNOWN:
                 self._add(Touch(time, page, frame, flags, kind, eip, used not in (UNKNOWN, frame) or found is None))
 
-    def copied(self, kind: AccessKind, address: int, size: int) -> None:
-        """The hypervisor makes a copy from or to the memory of the running guest."""
-        if self._inside:
-            for at in _pages(address, size):
-                found = self._find(at >> PAGE_SHIFT)
-                if found is not None:
-                    self._add(Touch(self._xen.now, at >> PAGE_SHIFT, *found, kind, BY_HYPERVISOR, False))
+    def copy(self, name: str) -> Callable[..., Any]:
+        """What stands in front of the method ``name`` of `GuestMemory`."""
+        plain, access = getattr(self._xen.guest_memory, name), _COPIES[name]
+
+        def method(vcpu: Vcpu, address: int, *what: Any) -> Any:
+            # Outside a trap nothing is done for a guest, and some copies do their work by another.
+            if not self._inside or self._copying:
+                return plain(vcpu, address, *what)
+            self._copying = True
+            try:
+                self._copied(address, *access(*what))
+                return plain(vcpu, address, *what)
+            finally:
+                self._copying = False
+
+        return method
+
+    def _copied(self, address: int, kind: AccessKind, size: int) -> None:
+        for at in _pages(address, size):
+            found = self._find(at >> PAGE_SHIFT)
+            if found is not None:
+                self._add(Touch(self._xen.now, at >> PAGE_SHIFT, *found, kind, BY_HYPERVISOR, False))
 
     def trap(self, vector: int, error: int, address: int) -> None:
         """In place of the hypervisor's own handler."""
-        self._notice_flush(self._xen.now)
+        self._notice_flushes(self._xen.now)
         self._add(Enter(self._xen.now, vector))
         self._inside = True
         try:
             self.handler(vector, error, address)
         finally:
             self._inside = False
-            self._note_flush(self._xen.now)
-            self._found.clear()
+            self._add_flushes(self._xen.now)
             self._add(Leave(self._xen.now))
 
-    def _notice_flush(self, time: int) -> None:
-        """A flush between two traps: a slice has ended.  It is done when the run goes on."""
+    def note(self, reason: str, address: int = 0) -> None:
+        """In front of the hypervisor's `Tlb.note`."""
+        self._note(reason, address)
+        self._waiting.append((reason, address))
+        if self._inside:
+            self._add_flushes(self._xen.now)
+
+    def _notice_flushes(self, time: int) -> None:
+        """Flushes between two traps.  They are seen when the run goes on."""
         if self._flushes != self._xen.cpu.flushes:
-            self._found.clear()
-            self._add(Enter(time, TIMER))
-            self._note_flush(time)
+            self._add(Enter(time, NO_TRAP))
+            self._add_flushes(time)
             self._add(Leave(time))
 
-    def _note_flush(self, time: int) -> None:
-        if self._flushes != self._xen.cpu.flushes:
-            self._flushes = self._xen.cpu.flushes
-            self._add(Flush(time, "flush", 0))
+    def _add_flushes(self, time: int) -> None:
+        unnamed = self._xen.cpu.flushes - self._flushes - len(self._waiting)
+        self._flushes = self._xen.cpu.flushes
+        for reason, address in [*self._waiting, *[(UNNAMED, 0)] * unnamed]:
+            self._add(Flush(time, reason, address))
+        self._waiting.clear()
+        self._found.clear()
 
     def _find(self, page: int) -> tuple[int, int] | None:
         if page not in self._found:
@@ -179,47 +206,36 @@ def recorded(xen: Hypervisor) -> Iterator[AccessLog]:
     recorder = _Recorder(xen, log)
     xen.cpu.handler = recorder.trap
     try:
-        with accesses(xen.cpu, xen.memory, recorder.seen) as recorder.watch, _copies(xen.guest_memory, recorder.copied):
+        with (
+            _in_front_of(xen.guest_memory, {name: recorder.copy(name) for name in _COPIES}),
+            _in_front_of(xen.tlb, {"note": recorder.note}),
+            accesses(xen.cpu, xen.memory, recorder.seen) as recorder.watch,
+        ):
             yield log
     finally:
         xen.cpu.handler = recorder.handler
-        log.unexplained = recorder.watch.unexplained
+        log.end, log.unexplained = xen.now, recorder.watch.unexplained
 
 
 @contextmanager
-def _copies(guest: GuestMemory, copied: Callable[[AccessKind, int, int], None]) -> Iterator[None]:
-    """Report each copy, by standing in front of the methods of this one object: others, and later runs, pay nothing."""
-    plain = {name: getattr(guest, name) for name in _COPIES}
-    within: list[str] = []
-
-    def in_front_of(name: str) -> Callable[..., Any]:
-        def method(vcpu: Vcpu, address: int, what: Any, *rest: Any) -> Any:
-            if not within:  # else one copy does its work by another
-                kind, size = _COPIES[name]
-                copied(kind, address, size(what))
-            within.append(name)
-            try:
-                return plain[name](vcpu, address, what, *rest)
-            finally:
-                within.pop()
-
-        return method
-
-    for name in plain:
-        setattr(guest, name, in_front_of(name))
+def _in_front_of(part: object, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let ``methods`` stand in front of those of this one object, so that a run that is not recorded pays nothing."""
+    for name, method in methods.items():
+        setattr(part, name, method)
     try:
         yield
     finally:
-        for name in plain:
-            delattr(guest, name)
+        for name in methods:
+            delattr(part, name)
 
 
-# The copies of `GuestMemory`: what they do, and how many bytes by their third argument.
-_COPIES: dict[str, tuple[AccessKind, Callable[[Any], int]]] = {
-    "read": (AccessKind.READ, int),
-    "read_words": (AccessKind.READ, lambda count: 4 * count),
-    "write": (AccessKind.WRITE, len),
-    "write_words": (AccessKind.WRITE, lambda words: 4 * len(words)),
+# The copies of `GuestMemory`: what they do to how many bytes, by what follows the address.
+_COPIES: dict[str, Callable[..., tuple[AccessKind, int]]] = {
+    "read": lambda length, *_: (AccessKind.READ, length),
+    "read_words": lambda count: (AccessKind.READ, 4 * count),
+    "write": lambda data: (AccessKind.WRITE, len(data)),
+    "write_words": lambda words: (AccessKind.WRITE, 4 * len(words)),
+    "machine_address": lambda length, write: (AccessKind.WRITE if write else AccessKind.READ, length),
 }
 
 
@@ -230,4 +246,4 @@ def _pages(address: int, size: int) -> Iterator[int]:
     yield from (at & 0xFFFF_FFFF for at in range((address & PAGE_MASK) + PAGE_SIZE, end, PAGE_SIZE))
 
 
-__all__ = ["BY_HYPERVISOR", "TIMER", "AccessLog", "Enter", "Entry", "Flush", "Leave", "Touch", "recorded"]
+__all__ = ["BY_HYPERVISOR", "NO_TRAP", "UNNAMED", "AccessLog", "Enter", "Entry", "Flush", "Leave", "Touch", "recorded"]

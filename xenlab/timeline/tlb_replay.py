@@ -88,8 +88,7 @@ class TlbReplay:
 
     def to_end(self) -> Tlb:
         """Feed all that was recorded."""
-        entries = self.log.entries
-        return self.to(max(self.time, entries[-1].time if entries else self.time))
+        return self.to(max(self.time, self.log.end))
 
     def _back(self, time: int) -> None:
         entries = self.log.entries

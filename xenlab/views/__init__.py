@@ -12,6 +12,7 @@ from xenlab.views.picture import Picture
 from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
 from xenlab.views.rings import RingsView
+from xenlab.views.tlb import TlbView, space_bars
 
 if TYPE_CHECKING:
     from xenlab.views.widget import LiveView
@@ -35,6 +36,8 @@ __all__ = [
     "Picture",
     "RegistersView",
     "RingsView",
+    "TlbView",
     "cost_bars",
     "live",
+    "space_bars",
 ]
