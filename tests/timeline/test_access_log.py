@@ -13,10 +13,12 @@ from xenlab.errors import PartError
 from xenlab.hypervisor.schedulers import RoundRobin
 from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.labs import lesson03
+from xenlab.labs.tlb_guests import ACTIONS, LIBRARY, action
 from xenlab.machine.accesses import AccessKind
 from xenlab.machine.paging import PAE, TWO_LEVEL
 from xenlab.machine.tlb import EVICTED, FIRST, FLUSHED, Policy, Tlb
-from xenlab.timeline.access_log import BY_HYPERVISOR, NO_TRAP, AccessLog, Enter, Flush, Leave, Touch, recorded
+from xenlab.timeline import Timeline
+from xenlab.timeline.access_log import BY_HYPERVISOR, NO_TRAP, UNNAMED, AccessLog, Enter, Flush, Leave, Touch, recorded
 from xenlab.timeline.digest import machine_hash
 from xenlab.timeline.tlb_replay import ENTRY, EXIT, HYPERVISOR_PAGE, TlbReplay, both_spaces
 
@@ -28,6 +30,58 @@ SOURCES = {name: guests.source(name) for name in ("rings", "calls", "hello")} | 
     "echo": lesson03.ECHO,
 }
 BUSY = "again: mov eax, [there]\n mov [there], eax\n jmp again\n .align 4096\nthere: .long 0"
+# A guest that stores into its own page table, which the hypervisor opens for that one instruction.
+TABLES = """
+        .set PT_BASE, 60
+        .set MFN_LIST, 68
+start:  mov ebp, [esi + MFN_LIST]
+        mov edi, [esi + PT_BASE]
+        mov ebx, VMASST_CMD_enable
+        mov ecx, VMASST_TYPE_writable_pagetables
+        mov eax, __HYPERVISOR_vm_assist
+        int 0x82
+        mov eax, [window]
+        mov ecx, offset window
+        shr ecx, 10
+        and ecx, 0xffc
+        and dword ptr [edi + 4096 + ecx], 0xfffffffd
+        mov eax, [window]
+stay:   jmp stay
+        .align 4096
+window: .long 0
+"""
+# One that takes 16 pages out of its page table by one batch.
+BATCH = (
+    """
+        .set PT_BASE, 60
+        .set MFN_LIST, 68
+start:  mov ebp, [esi + MFN_LIST]
+        mov edi, [esi + PT_BASE]
+        mov eax, offset pages
+        call entry_of
+        mov ebx, offset batch
+        mov ecx, 16
+next:   mov [ebx], eax
+        add ebx, 16
+        add eax, 4
+        dec ecx
+        jnz next
+        mov ebx, offset batch
+        mov ecx, 16
+        xor edx, edx
+        mov esi, DOMID_SELF
+        mov eax, __HYPERVISOR_mmu_update
+        int 0x82
+stay:   jmp stay
+"""
+    + LIBRARY
+    + """
+        .align 4096
+batch:  .skip 4096
+pages:  .skip 65536
+"""
+)
+
 NULL_CALLS = """
         mov edi, {calls}
 again:  xor ebx, ebx
@@ -83,7 +137,8 @@ def test_nothing_is_left_behind() -> None:
     length = len(log.entries)
     assert xen.cpu.handler == xen.trap
     assert not {"read", "read_words", "write", "write_words", "machine_address"} & set(vars(xen.guest_memory))
-    assert "note" not in vars(xen.tlb)
+    assert "flush" not in vars(xen.tlb)
+    assert "load" not in vars(xen.cpu)
     xen.run(1_000)
     assert len(log.entries) == length
 
@@ -215,3 +270,42 @@ def test_an_address_space_of_its_own_never_misses_less(log: AccessLog, entries: 
     assert own.misses > top.misses
     assert own.flushes.total() == 2 * log.traps()
     assert entries < 1024 or top.fills[EVICTED] == 0
+
+
+@PORTABLE
+@pytest.mark.parametrize("name", [*ACTIONS, "writable tables"])
+def test_flushes_in_the_log_are_those_in_the_trace(portable: bool, name: str) -> None:
+    source = action(ACTIONS[name]) if name in ACTIONS else TABLES
+    plain, watched = machine(source, BUSY, portable=portable), machine(source, BUSY, portable=portable)
+    plain.run(4_500)
+    log = record(watched, 4_500)
+    assert watched.trace.raw() == plain.trace.raw()
+    assert machine_hash(watched) == machine_hash(plain)
+    assert log.unexplained == 0
+    assert all(before.time <= after.time for before, after in pairwise(log.entries))
+    logged = [(entry.reason, entry.address) for entry in log.entries if type(entry) is Flush]
+    traced = [(event.reason, event.address) for event in watched.trace.events(Kind.FLUSH)]
+    # The last one may have had no access behind it.
+    assert logged in (traced, traced[:-1])
+    assert name != "writable tables" or "opened" in dict(logged)
+
+
+def test_a_flush_outside_the_hypervisors_knowledge_has_no_name() -> None:
+    xen = machine(BUSY)
+    timeline = Timeline(xen, interval=100)
+    with recorded(xen) as log:
+        timeline.run(250)
+    assert [(entry.reason, entry.time) for entry in log.entries if type(entry) is Flush] == [
+        ("switch", 1),
+        (UNNAMED, 101),
+        (UNNAMED, 201),
+    ]
+
+
+def test_a_batch_of_updates_is_read_from_the_guests_page() -> None:
+    xen = machine(BATCH)
+    log = record(xen, 120)
+    symbols = xen.domains[0].symbols
+    assert xen.domains[0].vcpus[0].state.eax == 0
+    copies = [entry for entry in log.entries if type(entry) is Touch and entry.eip == BY_HYPERVISOR]
+    assert [(copy.page, copy.kind) for copy in copies] == [(symbols["batch"] >> 12, AccessKind.READ)]

@@ -19,9 +19,13 @@ began there, and from then on belong to the state.
 Instructions are counted by a hook on each.  Error codes come from `fault_code`.
 
 The invariant: same guests, same traps, same instruction times, same registers as on the probed
-CPU, to the bit (tests run both).  Five things differ where no validated guest can tell:
+CPU, to the bit (tests run both).  One thing differs that a guest can tell, if it changes its page tables and does
+not flush, and lesson 06 says so:
 
-* the TLB is emptied at every trap, so an entry made stale from Python takes effect at once;
+* the TLB is emptied at every trap, so a changed entry takes effect at once.
+
+Four differ where no validated guest can:
+
 * the hidden part of a segment register is not readable.  It is followed by selector: a guest that
   loads the same selector again, after the hypervisor changed its descriptor, keeps the old one
   until it loads another;

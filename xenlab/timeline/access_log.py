@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.tlb import SWITCH
 from xenlab.machine.accesses import UNKNOWN, AccessKind, AccessWatch, accesses
 from xenlab.machine.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.paging import ACCESSED, DIRTY, READ, PageFault, walk
@@ -109,7 +110,7 @@ class _Recorder:
         self.watch: AccessWatch
         self._flushes = xen.cpu.flushes
         self._inside = self._copying = False
-        self._note = xen.tlb.note
+        self._flush, self._load = xen.tlb.flush, xen.cpu.load
         self._waiting: list[tuple[str, int]] = []
         self.handler = xen.cpu.handler
         # What pages lead to by the tables, which change in the hypervisor only.
@@ -162,9 +163,17 @@ class _Recorder:
             self._add_flushes(self._xen.now)
             self._add(Leave(self._xen.now))
 
-    def note(self, reason: str, address: int = 0) -> None:
-        """In front of the hypervisor's `Tlb.note`."""
-        self._note(reason, address)
+    def flush(self, reason: str, address: int = 0) -> None:
+        """In front of the hypervisor's `Tlb.flush`."""
+        self._flush(reason, address)
+        self._flushed(reason, address)
+
+    def load(self, state: Any) -> None:
+        """In front of the CPU's `load`, by which another vCPU is made to run."""
+        self._load(state)
+        self._flushed(SWITCH, 0)
+
+    def _flushed(self, reason: str, address: int) -> None:
         self._waiting.append((reason, address))
         if self._inside:
             self._add_flushes(self._xen.now)
@@ -208,7 +217,8 @@ def recorded(xen: Hypervisor) -> Iterator[AccessLog]:
     try:
         with (
             _in_front_of(xen.guest_memory, {name: recorder.copy(name) for name in _COPIES}),
-            _in_front_of(xen.tlb, {"note": recorder.note}),
+            _in_front_of(xen.tlb, {"flush": recorder.flush}),
+            _in_front_of(xen.cpu, {"load": recorder.load}),
             accesses(xen.cpu, xen.memory, recorder.seen) as recorder.watch,
         ):
             yield log
