@@ -8,6 +8,8 @@ from __future__ import annotations
 from xenlab import Hypervisor, boot
 from xenlab.abi.numbers import Shutdown
 from xenlab.hypervisor.trace import Event, Kind, Trace
+from xenlab.labs.tlb_guests import REMAP
+from xenlab.machine.machine import Machine
 
 SHUTDOWN = """
 finish: mov ebx, SCHEDOP_shutdown
@@ -111,3 +113,22 @@ def test_segment_limits_are_not_enforced() -> None:
     (trap,) = xen.trace.events(Kind.TRAP)
     assert raw == [14], "the CPU got past the segment limit and found no page"
     assert (trap.vector, trap.error) == (13, 0), "the guest is told of the limit"
+
+
+def test_the_portable_cpu_has_no_stale_translations() -> None:
+    """The guest looks at a page, changes its page-table entry, looks, flushes, and looks again."""
+    said = []
+    for portable in (False, True):
+        xen = Hypervisor(Machine(8, portable=portable))
+        guest = boot(xen, REMAP)
+        xen.run(200)
+        said.append(guest.console)
+    assert said == ["aab", "abb"]
+
+
+def test_a_flush_of_one_page_empties_the_tlb() -> None:
+    """The same guest, but the page that it has flushed is another one."""
+    xen = Hypervisor(Machine(8))
+    guest = boot(xen, REMAP.replace("MMUEXT_INVLPG_LOCAL, window", "MMUEXT_INVLPG_LOCAL, other"))
+    xen.run(200)
+    assert guest.console == "aab"
