@@ -102,6 +102,7 @@ def test_a_label_that_is_never_reached_is_reported() -> None:
         ("flush all", {"asked": 3}),
         ("make an unmapped page a table", {"retyped": 3}),
         ("flush, and then make it a table", {"asked": 3}),
+        ("give a page back, take another", {"freed": 3}),
     ],
 )
 def test_flushes_of_each_action(name: str, reasons: dict[str, int]) -> None:

@@ -171,6 +171,9 @@ traps:  .byte 6, 0
         .long 0, 0
 rounds: .long 0
 command: .long 0, 0, 0
+extent: .long 0
+reservation: .long extent, 1, 0, 0
+        .word DOMID_SELF
         .align 4096
 spare:  .skip 4096                           # a page that nobody needs
 """
@@ -225,6 +228,20 @@ _OF_SPARE = "mov eax, offset spare\n call mfn_of"
 _PIN = _command("PIN_L1_TABLE", _OF_SPARE) + _command("UNPIN_TABLE", _OF_SPARE)
 READ_ONLY, WRITABLE = _map_spare(0x61), _map_spare(0x63)
 FLUSH = _command("TLB_FLUSH_LOCAL")
+_NUMBER_OF_SPARE = "mov eax, offset spare\n sub eax, 0xc0000000\n shr eax, 12\n"
+_EXCHANGE = f"""
+        {_map_spare(0)}
+        {_OF_SPARE}
+        mov [extent], eax                    # give this frame back
+        {_call("memory_op", "XENMEM_decrease_reservation", "offset reservation")}
+        {_NUMBER_OF_SPARE}
+        mov [extent], eax                    # and have another in its place
+        {_call("memory_op", "XENMEM_populate_physmap", "offset reservation")}
+        {_NUMBER_OF_SPARE}
+        mov ecx, [extent]
+        mov [ebp + 4 * eax], ecx
+        {_map_spare(0x63)}
+"""
 # What a guest may do, in words and in assembly, for `flushes_of`.
 ACTIONS: dict[str, str] = {
     "ask for the version": _call("xen_version"),
@@ -238,6 +255,7 @@ ACTIONS: dict[str, str] = {
     "flush all": FLUSH,
     "make an unmapped page a table": READ_ONLY + _PIN + WRITABLE,
     "flush, and then make it a table": READ_ONLY + FLUSH + _PIN + WRITABLE,
+    "give a page back, take another": _EXCHANGE,
 }
 
 
