@@ -237,11 +237,17 @@ class ProbedCpu:
         if failure is not None:
             raise failure
         self.state.capture_stopped()
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            # Now, since ending a single step may let another state run.
+            leaving.resume()
+            self.state.capture()
+            self._stopping = None
         if self._step is not None:
             self._base -= 1
-            self._end_step(False)
-        if self._leaving is not None:
-            self._leave()
+            self._end_step(leaving is not None)
+        if leaving is not None:
+            self._trap_outside(self._leaving_vector)
         elif status or reached <= before:
             self._trap_outside(MACHINE_CHECK)
 
@@ -250,15 +256,6 @@ class ProbedCpu:
         if self._flush:
             self._flush = False
             self._engine.write_cr3(self.state.cr3)
-
-    def _leave(self) -> None:
-        """Take the trap of an instruction whose hook cannot redirect the guest."""
-        assert self._leaving is not None
-        self._leaving.resume()
-        self.state.capture()
-        self._leaving = None
-        self._stopping = None
-        self._trap_outside(self._leaving_vector)
 
     def _trap_outside(self, vector: int) -> None:
         self.state.old_exception[0] = -1

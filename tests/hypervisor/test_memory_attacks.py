@@ -1,0 +1,61 @@
+"""Hostile guests against the memory of others and the page tables of their own.
+
+Each test says what is attacked (background), what must hold (invariant), and how (construction).  The auditor looks at
+the whole machine after every hypercall (see `conftest`), and a neighbour has to get on and to keep its bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hostile_guest import suffer
+
+
+@pytest.fixture(params=[False, True], ids=["probed", "portable"])
+def portable(request: pytest.FixtureRequest) -> bool:
+    """Each kind of CPU."""
+    return bool(request.param)
+
+
+WRITABLE_TABLES = """
+        mov ebx, VMASST_CMD_enable
+        mov ecx, VMASST_TYPE_writable_pagetables
+        mov eax, __HYPERVISOR_vm_assist
+        int 0x82
+        call note
+"""
+# EDI becomes the linear address of the l1 entry that maps `one`.
+OWN_ENTRY = """
+        mov eax, LEAF_TABLE
+        call table_at
+        mov edi, offset one
+        shr edi, 12
+        and edi, ENTRIES - 1
+        lea edi, [eax + edi * ENTRY_SIZE]
+"""
+
+
+def test_port_input_into_an_open_page_table(mode: Any, portable: bool) -> None:
+    """Background: INS stores a zero before the CPU asks whether the port may be used at all.
+
+    Invariant: the trap of an instruction reaches the guest that executed it, also if ending the instruction ended that
+    guest.
+    Construction: INS to the frame number of a leaf entry, which the table's supervision takes back, and no handler:
+    the attacker is ended while its instruction has still a trap to take, and the neighbour is next.
+    """
+    attack = f"""{WRITABLE_TABLES}
+        xor ebx, ebx
+        mov eax, __HYPERVISOR_set_trap_table
+        int 0x82
+        call note
+        {OWN_ENTRY}
+        add edi, 2
+        mov eax, 0x41414141
+        insb
+"""
+    after = suffer(attack, mode, portable)
+    assert after.results(2) == (0, 0)
+    assert "exception 13 (#GP protection) and no handler" in after.attacker.report
+    assert "insb" in after.attacker.report
+    assert after.word("one") == 0
