@@ -59,3 +59,37 @@ def test_port_input_into_an_open_page_table(mode: Any, portable: bool) -> None:
     assert "exception 13 (#GP protection) and no handler" in after.attacker.report
     assert "insb" in after.attacker.report
     assert after.word("one") == 0
+
+
+# `one` becomes a local descriptor table: mapped read-only, so that it may be one.
+LOCAL_TABLE = """
+        mov eax, offset one
+        call mfn_of
+        mov edx, eax
+        mov eax, offset one
+        mov ecx, 1
+        call map
+        call note
+        mov eax, MMUEXT_SET_LDT
+        mov edx, offset one
+        mov ecx, 512
+        call extended
+        call note
+"""
+
+
+@pytest.mark.parametrize(
+    "touch", ["mov dword ptr [0xff010000], 1", "mov eax, 0xff010000\n jmp eax"], ids=["written", "executed"]
+)
+def test_local_descriptors_touched_by_the_guest(touch: str, mode: Any, portable: bool) -> None:
+    """Background: the CPU's own look into the LDT faults, the hypervisor puts the page there and lets it look again.
+
+    Invariant: what faults again is a fault; a use of the page is counted once; time passes.
+    Construction: the kernel writes to the hypervisor's mapping of its LDT, or executes it: present by then,
+    and refused each time.
+    """
+    after = suffer(f"{LOCAL_TABLE} {touch}", mode, portable)
+    # Where there is no execute permission to refuse, zeros are an instruction that stores to the same page.
+    refused = 17 if "jmp" in touch and mode.has_nx else 3
+    assert after.results(4) == (0, 0, 14, refused)
+    assert after.xen.frames.uses[after.frame_of("one")] == 1

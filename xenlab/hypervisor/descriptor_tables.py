@@ -31,7 +31,7 @@ from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.tlb import DESCRIPTORS
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
-from xenlab.machine.paging import ACCESSED, NX, PRESENT, PageFault, PagingMode, walk
+from xenlab.machine.paging import ACCESSED, NX, PRESENT, Fault, PageFault, PagingMode, walk
 from xenlab.machine.segments import ACCESSED as SEGMENT_ACCESSED
 from xenlab.machine.segments import CODE, DESCRIPTOR_SIZE, GRANULAR, Descriptor
 
@@ -187,11 +187,14 @@ class DescriptorTables:
         entries = (mode.read(self._memory, table << PAGE_SHIFT, first + page) for page in range(LDT_PAGES))
         return [mode.frame_of(entry) for entry in entries if entry & PRESENT]
 
-    def page_in_ldt(self, vcpu: Vcpu, address: int) -> bool:
-        """The CPU looked for a descriptor at ``address`` in the LDT: show it the page, if it may be shown."""
+    def page_in_ldt(self, vcpu: Vcpu, error: int, address: int) -> bool:
+        """The CPU looked for a descriptor at ``address`` in the LDT: show it the page, if it may be shown.
+
+        Not if the page is there already and the guest has tried to write to it or to execute it: it would for ever.
+        """
         offset = address - LDT_BASE
         base, entries = vcpu.ldt
-        if not 0 <= offset < entries * DESCRIPTOR_SIZE:
+        if error & (Fault.PROTECTION | Fault.USER) or not 0 <= offset < entries * DESCRIPTOR_SIZE:
             return False
         at = base + (offset & ~(PAGE_SIZE - 1))
         state = vcpu.state

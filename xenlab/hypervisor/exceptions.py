@@ -48,7 +48,7 @@ class Exceptions:
             if self._open(vcpu, error, address):
                 return
             if address >= vcpu.address_limit:
-                if error & _USER_ACCESS == 0 and self._xen.descriptor_tables.page_in_ldt(vcpu, address):
+                if self._xen.descriptor_tables.page_in_ldt(vcpu, error, address):
                     return
                 vector, error, address = self._beyond(vcpu, error, address)
         record = self._xen.recorder
