@@ -173,6 +173,8 @@ PAGES = """
 one:    .skip 4096
 two:    .skip 4096
 three:  .skip 4096
+four:   .skip 4096
+five:   .skip 4096
         .skip 0x8000
 """
 

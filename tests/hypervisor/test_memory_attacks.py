@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hostile_guest import suffer
 
+from xenlab.hypervisor.frames import FREE, FrameType
+
 
 @pytest.fixture(params=[False, True], ids=["probed", "portable"])
 def portable(request: pytest.FixtureRequest) -> bool:
@@ -93,3 +95,71 @@ def test_local_descriptors_touched_by_the_guest(touch: str, mode: Any, portable:
     refused = 17 if "jmp" in touch and mode.has_nx else 3
     assert after.results(4) == (0, 0, 14, refused)
     assert after.xen.frames.uses[after.frame_of("one")] == 1
+
+
+def test_a_root_table_that_frees_itself(mode: Any) -> None:
+    """Background: with the last use of a table goes what its entries name; with the last reference to a frame, its
+    contents.
+
+    Invariant: dropping a table drops all that it names, each once.
+    Construction: a root table that its owner has given up, and whose only other reference is a read-only mapping in
+    an l1 table below its own first entry.  It is scrubbed while its entries are being dropped.
+    """
+    entries = (("one", 0, "two"), ("one", 1, "three"), ("two", 0, "one"))
+    if len(mode.levels) == 3:
+        entries = (("one", 0, "four"), ("one", 1, "five"), ("four", 0, "two"), ("five", 0, "three"), ("two", 0, "one"))
+    fill = "".join(
+        f"""
+        mov eax, offset {below}
+        call mfn_of
+        shl eax, 12
+        or eax, 1
+        mov [{table} + {index} * ENTRY_SIZE], eax
+"""
+        for table, index, below in entries
+    )
+    close = "".join(
+        f"""
+        mov eax, offset {name}
+        xor edx, edx
+        xor ecx, ecx
+        call map
+        call note
+"""
+        for name in ("one", "two", "three", "four", "five")
+    )
+    attack = f"""
+        xor eax, eax
+        call table_at
+        mov esi, eax
+        mov edi, offset one
+        mov ecx, 1024
+        rep movsd
+        {fill}
+        {close}
+        mov eax, offset one
+        call mfn_of
+        mov ebp, eax
+        mov edx, eax
+        mov eax, MMUEXT_NEW_BASEPTR
+        call extended
+        call note
+        mov eax, XENMEM_decrease_reservation
+        mov edx, ebp
+        call memory
+        call note
+        xor eax, eax
+        call table_mfn
+        mov edx, eax
+        mov eax, MMUEXT_NEW_BASEPTR
+        call extended
+        call note
+"""
+    after = suffer(attack, mode)
+    assert after.results(8) == (0, 0, 0, 0, 0, 0, 1, 0)
+    frames = after.xen.frames
+    assert frames.owner[after.frame_of("one")] == FREE
+    for name in ("two", "three"):
+        assert (frames.type[after.frame_of(name)], frames.refs[after.frame_of(name)]) == (FrameType.NONE, 1)
+    after.xen.destroy(after.attacker)
+    assert frames.owned_by(after.attacker.domid) == []

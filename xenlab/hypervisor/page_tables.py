@@ -210,8 +210,9 @@ class PageTables:
             return
         reserved = first_reserved_slot(domain.mode, use)
         slots = _slots(domain.mode, use, reserved)
-        for index in _present(entries[:slots]):
-            self.drop_entry(domain, mfn, use, index, int(entries[index]))
+        # Read before the first is dropped: the table may be given up, and scrubbed, by what it names.
+        for index, entry in [(index, int(entries[index])) for index in _present(entries[:slots])]:
+            self.drop_entry(domain, mfn, use, index, entry)
         if reserved is not None and end is None:
             entries[reserved:] = 0
 
