@@ -9,7 +9,7 @@ from xenlab import Hypervisor, Machine, boot
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.page_types import FrameTypes
 from xenlab.hypervisor.trace import Trace
-from xenlab.machine.paging import PAE, PagingMode
+from xenlab.machine.paging import PagingMode
 
 BASE = 0xC000_0000
 # What the neighbour keeps in a page of its own, and does all the time.
@@ -260,4 +260,4 @@ def suffer(
     return Outcome(xen, attacker, neighbour)
 
 
-__all__ = ["BASE", "PAE", "Outcome", "bytes_of", "machine", "source", "suffer"]
+__all__ = ["BASE", "NEIGHBOUR", "Outcome", "bytes_of", "machine", "source", "suffer"]

@@ -6,11 +6,14 @@ the whole machine after every hypercall (see `conftest`), and a neighbour has to
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
-from hostile_guest import suffer
+from hostile_guest import BASE, NEIGHBOUR, machine, suffer
 
+from xenlab import boot
+from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno
 from xenlab.hypervisor.frames import FREE, FrameType
 
 
@@ -163,3 +166,31 @@ def test_a_root_table_that_frees_itself(mode: Any) -> None:
         assert (frames.type[after.frame_of(name)], frames.refs[after.frame_of(name)]) == (FrameType.NONE, 1)
     after.xen.destroy(after.attacker)
     assert frames.owned_by(after.attacker.domid) == []
+
+
+def test_the_control_domain_takes_no_tables_of_others(mode: Any) -> None:
+    """Background: the control domain may map the pages of a domain that it names.
+
+    Invariant: a page table is its owner's; nobody else walks or drops it.
+    Construction: the control domain names its neighbour for an update, and a table of the neighbour's for an entry
+    above the leaves.
+    """
+    xen = machine()
+    control = boot(xen, NEIGHBOUR, name="control", mode=mode, privileged=True)
+    other = boot(xen, NEIGHBOUR, name="neighbour", mode=mode)
+    xen.run(10)
+    vcpu, theirs = control.vcpus[0], other.vcpus[0]
+    top = mode.levels[-2].index(BASE)
+    roots = [state.cr3 >> 12 for state in (vcpu.state, theirs.state)]
+    for _level in mode.levels[2:]:
+        roots = [mode.frame_of(mode.read(xen.memory, root << 12, 3)) for root in roots]
+    leaves = mode.read(xen.memory, roots[1] << 12, top)
+    request = struct.pack("<QQ", roots[0] << 12 | (top + 8) * mode.entry_size, leaves)
+    xen.guest_memory.write(vcpu, control.symbols["secret"], request)
+    xen.current = vcpu
+    xen.cpu.load(vcpu.state)
+    for name, value in zip(("eax", "ebx", "ecx", "edx", "esi"), (1, control.symbols["secret"], 1, 0, 1), strict=True):
+        setattr(vcpu.state, name, value)
+    xen.trap(HYPERCALL_VECTOR, 0, 0)
+    assert vcpu.state.eax == -Errno.EINVAL & 0xFFFF_FFFF
+    assert xen.frames.uses[mode.frame_of(leaves)] == 1

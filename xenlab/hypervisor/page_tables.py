@@ -237,7 +237,8 @@ class PageTables:
     def _take_present(self, domain: Domain, table: int, use: int, index: int, entry: int, owner: Domain | None) -> None:
         mode, level = domain.mode, _LEVELS[use]
         mfn = mode.frame_of(entry)
-        named = self.types.entry(mode, level, entry, (owner or domain).domid)
+        # Pages may be another's, if the caller may say so; tables never.
+        named = self.types.entry(mode, level, entry, (owner if owner and level == "l1" else domain).domid)
         if level == "l1":
             if self.types.take(mfn, named) == REFUSED:
                 raise HypercallError(Errno.EBUSY)
