@@ -194,3 +194,91 @@ def test_the_control_domain_takes_no_tables_of_others(mode: Any) -> None:
     xen.trap(HYPERCALL_VECTOR, 0, 0)
     assert vcpu.state.eax == -Errno.EINVAL & 0xFFFF_FFFF
     assert xen.frames.uses[mode.frame_of(leaves)] == 1
+
+
+# A descriptor table in `one`: entry 1 is the descriptor at `descriptor`.
+GLOBAL_TABLE = """
+        mov eax, [descriptor]
+        mov [one + 8], eax
+        mov eax, [descriptor + 4]
+        mov [one + 12], eax
+        mov eax, offset one
+        call mfn_of
+        mov [extent], eax
+        mov edx, eax
+        mov eax, offset one
+        mov ecx, 1
+        call map
+        call note
+        mov ebx, offset extent
+        mov ecx, 512
+        mov eax, __HYPERVISOR_set_gdt
+        int 0x82
+        call note
+"""
+
+
+def test_handlers_in_a_segment_that_does_not_begin_at_0(mode: Any, portable: bool) -> None:
+    """Background: time is instructions begun, and a handler on a page that is not there begins none.
+
+    Invariant: a guest cannot stop time.
+    Construction: the handler's segment has a base, so the address that could not be fetched is not the handler's
+    offset.  The stack lies in a page that is mapped all over the guest's address space.
+    """
+    attack = f"""
+        jmp over
+        .align 8
+descriptor: .quad 0x40cfbb1000000fff    # code for ring 1 from 0x40100000 on
+faults: .byte 14, 0
+        .short 9
+        .long 0x1000
+        .long 0, 0
+over:   {GLOBAL_TABLE}
+        mov eax, offset two             # a table that maps one page everywhere
+        call mfn_of
+        shl eax, 12
+        or eax, 3
+        mov edi, offset three
+        mov ecx, ENTRIES
+        xor edx, edx
+1:      mov [edi], eax
+        .if ENTRY_SIZE == 8
+        mov [edi + 4], edx
+        .endif
+        add edi, ENTRY_SIZE
+        loop 1b
+        mov eax, offset three
+        xor edx, edx
+        xor ecx, ecx
+        call map
+        call note
+        mov ebp, 16
+2:      mov eax, TOP_TABLE              # in many entries of the table above
+        call table_mfn
+        shl eax, 12
+        lea eax, [eax + ebp * ENTRY_SIZE]
+        push eax
+        mov eax, offset three
+        call mfn_of
+        mov edx, eax
+        shl edx, 12
+        or edx, 3
+        xor ecx, ecx
+        pop eax
+        call update
+        inc ebp
+        cmp ebp, 80
+        jne 2b
+        call note
+        mov ebx, offset faults
+        mov eax, __HYPERVISOR_set_trap_table
+        int 0x82
+        mov esp, 80 << ENTRY_SHIFT
+        .if ENTRY_SIZE == 8
+        add esp, 0xc0000000
+        .endif
+        mov eax, [0xf0000000]
+"""
+    after = suffer(attack.replace("ENTRY_SHIFT", "22" if len(mode.levels) == 2 else "21"), mode, portable)
+    assert after.results(4) == (0, 0, 0, 0)
+    assert "triple fault" in after.attacker.report

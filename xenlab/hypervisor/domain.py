@@ -66,7 +66,7 @@ class Vcpu:
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
         run_state: see `RunState`.
-        fetch_faults: when an instruction last could not be fetched, and how often with none begun in between.
+        fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
         info: machine address of its part of the shared-information page.
@@ -107,7 +107,7 @@ class Vcpu:
         self.flat_data = flat_segments(self.state.mode, code=False)
 
     def fetch_fault(self, now: int) -> int:
-        """Note that an instruction could not be fetched; how often that happened with none begun in between."""
+        """Note a fault at an address; how many there were with no instruction begun in between."""
         time, count = self.fetch_faults
         self.fetch_faults = now, count + 1 if time == now else 1
         return self.fetch_faults[1]
