@@ -10,11 +10,13 @@ import struct
 from typing import Any
 
 import pytest
-from hostile_guest import BASE, NEIGHBOUR, machine, suffer
+from hostile_guest import BASE, NEIGHBOUR, machine, source, suffer
 
 from xenlab import boot
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno
 from xenlab.hypervisor.frames import FREE, FrameType
+from xenlab.timeline import Timeline
+from xenlab.timeline.digest import machine_hash
 
 
 @pytest.fixture(params=[False, True], ids=["probed", "portable"])
@@ -282,3 +284,34 @@ over:   {GLOBAL_TABLE}
     after = suffer(attack.replace("ENTRY_SHIFT", "22" if len(mode.levels) == 2 else "21"), mode, portable)
     assert after.results(4) == (0, 0, 0, 0)
     assert "triple fault" in after.attacker.report
+
+
+ONE_STORE = f"""{WRITABLE_TABLES} {OWN_ENTRY}
+        mov ecx, 300
+1:      loop 1b
+        mov dword ptr [edi], 0
+        mov eax, [edi]
+        call note
+        mov ecx, 1000
+1:      loop 1b
+"""
+
+
+def test_replay_of_a_store_to_a_page_table(mode: Any, portable: bool) -> None:
+    """Background: a store that faults again while its page is open is not opened a second time.
+
+    Invariant: what was executed once is executed in every replay.
+    Construction: the only store to a page table between two snapshots, and a step back behind it: the moment at which
+    a page was last opened comes again.
+    """
+    xen = machine(portable)
+    guest = boot(xen, source(ONE_STORE, mode), mode=mode)
+    timeline = Timeline(xen, interval=200, snapshots=30)
+    hashes = {}
+    while timeline.position < 900:
+        timeline.run(61)
+        hashes[timeline.position] = machine_hash(xen)
+    for time in [*reversed(hashes), *hashes]:
+        timeline.seek(time)
+        assert machine_hash(xen) == hashes[time]
+    assert not guest.ended

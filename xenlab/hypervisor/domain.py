@@ -70,6 +70,7 @@ class Vcpu:
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
         info: machine address of its part of the shared-information page.
+        opened_at: when a page table was last opened for a store of its (`writable_tables`).
         gdt: frames of its descriptor table, behind the hypervisor's own page.
         ldt: linear address and number of entries of its local descriptor table.
         user_base: root table that it named for its applications, 0 for none.
@@ -87,6 +88,7 @@ class Vcpu:
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
     fetch_faults: tuple[int, int] = (-1, 0)
+    opened_at: int = -1
     gdt: tuple[int, ...] = ()
     ldt: tuple[int, int] = (0, 0)
     user_base: int = 0
@@ -121,6 +123,7 @@ class Vcpu:
             "control": dict(self.control),
             "run_state": (self.run_state, self.paused_from),
             "fetch_faults": self.fetch_faults,
+            "opened_at": self.opened_at,
             "tables": (self.gdt, self.ldt, self.user_base),
         }
 
@@ -131,7 +134,7 @@ class Vcpu:
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
         self.run_state, self.paused_from = saved["run_state"]
-        self.fetch_faults = saved["fetch_faults"]
+        self.fetch_faults, self.opened_at = saved["fetch_faults"], saved["opened_at"]
         self.gdt, self.ldt, self.user_base = saved["tables"]
 
 
