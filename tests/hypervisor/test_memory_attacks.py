@@ -6,6 +6,7 @@ the whole machine after every hypercall (see `conftest`), and a neighbour has to
 
 from __future__ import annotations
 
+import signal
 import struct
 from typing import Any
 
@@ -315,3 +316,27 @@ def test_replay_of_a_store_to_a_page_table(mode: Any, portable: bool) -> None:
         timeline.seek(time)
         assert machine_hash(xen) == hashes[time]
     assert not guest.ended
+
+
+def test_interrupt_while_a_page_table_is_open(mode: Any, portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Background: Ctrl-C ends a run before the next instruction.
+
+    Invariant: the instruction for which a page table was opened is executed before anything else is.
+    Construction: Ctrl-C right behind the opening.
+    """
+    xen = machine(portable)
+    guest = boot(xen, source(ONE_STORE, mode), mode=mode)
+    step = xen.cpu.single_step
+
+    def interrupted(done: Any) -> None:
+        step(done)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(xen.cpu, "single_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        xen.run(2_000)
+    xen.run(2_000)
+    assert guest.ended
+    results = guest.symbols["results"]
+    assert xen.guest_memory.read_words(guest.vcpus[0], results, 3) == (0, 0, 0)
+    assert xen.guest_memory.read_word(guest.vcpus[0], guest.symbols["cursor"]) == results + 8

@@ -214,7 +214,9 @@ class ProbedCpu:
     def _end_slice(self) -> None:
         """Let the slice in progress end before the next instruction; safe at any moment of a run."""
         self._longest = 0
-        self._counter[1] = min(self._counter)
+        # A single step ends the slice by itself, and must not be left out.
+        if self._step is None:
+            self._counter[1] = min(self._counter)
 
     def run_until(self, end: int) -> None:
         self._end, self._longest = end, SLICE
