@@ -340,3 +340,38 @@ def test_interrupt_while_a_page_table_is_open(mode: Any, portable: bool, monkeyp
     results = guest.symbols["results"]
     assert xen.guest_memory.read_words(guest.vcpus[0], results, 3) == (0, 0, 0)
     assert xen.guest_memory.read_word(guest.vcpus[0], guest.symbols["cursor"]) == results + 8
+
+
+def test_local_descriptors_in_another_address_space(mode: Any, portable: bool) -> None:
+    """Background: the LDT has a linear address, and its pages are shown to the CPU when it first looks.
+
+    Invariant: what the CPU finds in it is what stands at that address now.
+    Construction: a page of the LDT is shown, another root table is loaded, and the page is mapped writable.  Where it
+    stays shown that is refused, and a guest with another LDT at the same address goes on with the old one.
+    """
+    attack = f"""
+        mov dword ptr [one + 8], 0x0000ffff     # data for ring 1
+        mov dword ptr [one + 12], 0x00cfb300
+        {LOCAL_TABLE}
+        mov eax, 13
+        mov fs, eax
+        xor eax, eax
+        call table_mfn
+        mov edx, eax
+        mov eax, MMUEXT_NEW_BASEPTR
+        call extended
+        call note
+        mov eax, offset one
+        call mfn_of
+        mov edx, eax
+        mov eax, offset one
+        mov ecx, 3
+        call map
+        call note
+        mov eax, 13
+        mov fs, eax                             # now the page cannot be shown: a page fault at its address
+"""
+    after = suffer(attack, mode, portable)
+    assert after.results(6) == (0, 0, 0, 0, 14, 0)
+    info = after.attacker.shared_info_mfn << 12
+    assert after.xen.memory.words[info + 8 >> 2] == after.attacker.symbols["one"] + 8
