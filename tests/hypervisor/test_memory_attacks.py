@@ -375,3 +375,31 @@ def test_local_descriptors_in_another_address_space(mode: Any, portable: bool) -
     assert after.results(6) == (0, 0, 0, 0, 14, 0)
     info = after.attacker.shared_info_mfn << 12
     assert after.xen.memory.words[info + 8 >> 2] == after.attacker.symbols["one"] + 8
+
+
+def test_code_written_as_a_descriptor(mode: Any, portable: bool) -> None:
+    """Background: the CPU does not notice that the hypervisor writes over code it has translated.
+
+    Invariant: new code is executed at once, and so in every replay.
+    Construction: a function is changed by `update_descriptor`, which also writes to ordinary pages.
+    """
+    attack = """
+        mov dword ptr [one], 0x000001b8         # mov eax, 1; inc eax; ret
+        mov dword ptr [one + 4], 0x00c34000
+        call one
+        call one
+        call note
+        mov eax, offset one
+        call mfn_of
+        shl eax, 12
+        mov ebx, eax
+        xor ecx, ecx
+        mov edx, 0x000002b8
+        mov esi, 0x00c34000
+        mov eax, __HYPERVISOR_update_descriptor
+        int 0x82
+        call note
+        call one
+        call note
+"""
+    assert suffer(attack, mode, portable).results(3) == (2, 0, 3)

@@ -158,6 +158,7 @@ class DescriptorTables:
             raise HypercallError(Errno.EINVAL)
         self._memory.qwords[address >> 3] = value
         self._xen.page_tables.drop(domain, mfn, use)
+        self._xen.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
         return 0
 
     def set_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
