@@ -12,10 +12,17 @@ from typing import Any
 
 import pytest
 from hostile_guest import BASE, NEIGHBOUR, machine, source, suffer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xenlab import boot
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptor_tables import checked_descriptor
 from xenlab.hypervisor.frames import FREE, FrameType
+from xenlab.hypervisor.layout import segments_end
+from xenlab.machine.paging import PAE, TWO_LEVEL
+from xenlab.machine.segments import Descriptor
 from xenlab.timeline import Timeline
 from xenlab.timeline.digest import machine_hash
 
@@ -403,3 +410,31 @@ def test_code_written_as_a_descriptor(mode: Any, portable: bool) -> None:
         call note
 """
     assert suffer(attack, mode, portable).results(3) == (2, 0, 3)
+
+
+@given(
+    value=st.integers(0, 2**64 - 1),
+    base=st.integers(-0x3000, 0x3000),
+    mode=st.sampled_from([TWO_LEVEL, PAE]),
+)
+def test_no_segment_reaches_the_hypervisor(value: int, base: int, mode: Any) -> None:
+    """Background: on the paper's machines nothing but segment limits protects the hypervisor.
+
+    Invariant: a descriptor that was checked does not give ring 0, is a segment that ends below the hypervisor if it
+    begins there, and is not changed by being checked again.
+    Construction: all descriptors, near the end of the guest's part too.
+    """
+    end = segments_end(mode)
+    for start in (value >> 16 & 0xFF_FFFF | value >> 56 << 24, end + base):
+        wanted = value & ~0xFF00_00FF_FFFF_0000 | (start & 0xFF_FFFF) << 16 | start >> 24 << 56
+        try:
+            checked = checked_descriptor(wanted, end)
+        except HypercallError:
+            assert Descriptor.decode(wanted).present
+            continue
+        found = Descriptor.decode(checked)
+        assert checked_descriptor(checked, end) == checked
+        if found.present:
+            assert found.dpl > 0
+            assert found.is_segment or not found.access & 0xF
+            assert not found.is_segment or not found.base < end <= found.base + found.limit

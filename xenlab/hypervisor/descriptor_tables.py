@@ -72,12 +72,13 @@ def _checked_segment(value: int, start: int) -> int:
     if not found.access & CODE and found.access & _EXPAND_DOWN:
         raise HypercallError(Errno.EINVAL)  # it would reach upwards to the end of all addresses
     if found.base < start <= found.base + found.limit:
-        limit = start - 1 - found.base
-        # In whole pages, if it was in pages before.
-        if found.flags & GRANULAR:
-            limit |= 0xFFF
-            limit -= PAGE_SIZE if found.base + limit >= start else 0
-        return Descriptor(found.base, max(limit, 0), found.access, found.flags).encode()
+        limit, flags = start - 1 - found.base, found.flags
+        # In whole pages, if it was in pages before and one is left.
+        if flags & GRANULAR and limit >= PAGE_SIZE - 1:
+            limit = (limit + 1 & ~(PAGE_SIZE - 1)) - 1
+        else:
+            flags &= ~GRANULAR
+        return Descriptor(found.base, limit, found.access, flags).encode()
     return value
 
 
