@@ -31,7 +31,7 @@ from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.tlb import DESCRIPTORS
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
-from xenlab.machine.paging import ACCESSED, NX, PRESENT, PageFault, PagingMode, walk
+from xenlab.machine.paging import ACCESSED, NX, PRESENT, Fault, PageFault, PagingMode, walk
 from xenlab.machine.segments import ACCESSED as SEGMENT_ACCESSED
 from xenlab.machine.segments import CODE, DESCRIPTOR_SIZE, GRANULAR, Descriptor
 
@@ -72,12 +72,13 @@ def _checked_segment(value: int, start: int) -> int:
     if not found.access & CODE and found.access & _EXPAND_DOWN:
         raise HypercallError(Errno.EINVAL)  # it would reach upwards to the end of all addresses
     if found.base < start <= found.base + found.limit:
-        limit = start - 1 - found.base
-        # In whole pages, if it was in pages before.
-        if found.flags & GRANULAR:
-            limit |= 0xFFF
-            limit -= PAGE_SIZE if found.base + limit >= start else 0
-        return Descriptor(found.base, max(limit, 0), found.access, found.flags).encode()
+        limit, flags = start - 1 - found.base, found.flags
+        # In whole pages, if it was in pages before and one is left.
+        if flags & GRANULAR and limit >= PAGE_SIZE - 1:
+            limit = (limit + 1 & ~(PAGE_SIZE - 1)) - 1
+        else:
+            flags &= ~GRANULAR
+        return Descriptor(found.base, limit, found.access, flags).encode()
     return value
 
 
@@ -158,6 +159,7 @@ class DescriptorTables:
             raise HypercallError(Errno.EINVAL)
         self._memory.qwords[address >> 3] = value
         self._xen.page_tables.drop(domain, mfn, use)
+        self._xen.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
         return 0
 
     def set_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
@@ -187,11 +189,14 @@ class DescriptorTables:
         entries = (mode.read(self._memory, table << PAGE_SHIFT, first + page) for page in range(LDT_PAGES))
         return [mode.frame_of(entry) for entry in entries if entry & PRESENT]
 
-    def page_in_ldt(self, vcpu: Vcpu, address: int) -> bool:
-        """The CPU looked for a descriptor at ``address`` in the LDT: show it the page, if it may be shown."""
+    def page_in_ldt(self, vcpu: Vcpu, error: int, address: int) -> bool:
+        """The CPU looked for a descriptor at ``address`` in the LDT: show it the page, if it may be shown.
+
+        Not if the page is there already and the guest has tried to write to it or to execute it: it would for ever.
+        """
         offset = address - LDT_BASE
         base, entries = vcpu.ldt
-        if not 0 <= offset < entries * DESCRIPTOR_SIZE:
+        if error & (Fault.PROTECTION | Fault.USER) or not 0 <= offset < entries * DESCRIPTOR_SIZE:
             return False
         at = base + (offset & ~(PAGE_SIZE - 1))
         state = vcpu.state

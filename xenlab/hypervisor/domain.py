@@ -66,10 +66,11 @@ class Vcpu:
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
         run_state: see `RunState`.
-        fetch_faults: when an instruction last could not be fetched, and how often with none begun in between.
+        fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
         info: machine address of its part of the shared-information page.
+        opened_at: when a page table was last opened for a store of its (`writable_tables`).
         gdt: frames of its descriptor table, behind the hypervisor's own page.
         ldt: linear address and number of entries of its local descriptor table.
         user_base: root table that it named for its applications, 0 for none.
@@ -87,6 +88,7 @@ class Vcpu:
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
     fetch_faults: tuple[int, int] = (-1, 0)
+    opened_at: int = -1
     gdt: tuple[int, ...] = ()
     ldt: tuple[int, int] = (0, 0)
     user_base: int = 0
@@ -107,7 +109,7 @@ class Vcpu:
         self.flat_data = flat_segments(self.state.mode, code=False)
 
     def fetch_fault(self, now: int) -> int:
-        """Note that an instruction could not be fetched; how often that happened with none begun in between."""
+        """Note a fault at an address; how many there were with no instruction begun in between."""
         time, count = self.fetch_faults
         self.fetch_faults = now, count + 1 if time == now else 1
         return self.fetch_faults[1]
@@ -121,6 +123,7 @@ class Vcpu:
             "control": dict(self.control),
             "run_state": (self.run_state, self.paused_from),
             "fetch_faults": self.fetch_faults,
+            "opened_at": self.opened_at,
             "tables": (self.gdt, self.ldt, self.user_base),
         }
 
@@ -131,7 +134,7 @@ class Vcpu:
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
         self.run_state, self.paused_from = saved["run_state"]
-        self.fetch_faults = saved["fetch_faults"]
+        self.fetch_faults, self.opened_at = saved["fetch_faults"], saved["opened_at"]
         self.gdt, self.ldt, self.user_base = saved["tables"]
 
 

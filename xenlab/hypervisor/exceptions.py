@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
-# So many faults at fetching an instruction, with none begun in between, end a guest.
+# So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
 _TRIPLE = 3
 _USER_ACCESS = 4  # in a page fault's error code
 _TRAP, _DELIVER = int(Kind.TRAP), int(Kind.DELIVER)
@@ -48,7 +48,7 @@ class Exceptions:
             if self._open(vcpu, error, address):
                 return
             if address >= vcpu.address_limit:
-                if error & _USER_ACCESS == 0 and self._xen.descriptor_tables.page_in_ldt(vcpu, address):
+                if self._xen.descriptor_tables.page_in_ldt(vcpu, error, address):
                     return
                 vector, error, address = self._beyond(vcpu, error, address)
         record = self._xen.recorder
@@ -71,7 +71,7 @@ class Exceptions:
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and address == done[4][1] and vcpu.fetch_fault(self._xen.now) == _TRIPLE:
+        if address and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:

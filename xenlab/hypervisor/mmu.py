@@ -269,6 +269,8 @@ class Mmu:
         domain, use = vcpu.domain, root_use(vcpu.domain.mode)
         self._check_owned(domain, mfn)
         self._tables.take(domain, mfn, use)
+        # Its address leads to other pages now.
+        self._xen.descriptor_tables.forget_ldt(vcpu)
         before = vcpu.state.cr3 >> PAGE_SHIFT
         vcpu.state.cr3 = mfn << PAGE_SHIFT
         self._tables.drop(domain, before, use)

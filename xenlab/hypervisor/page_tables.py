@@ -210,8 +210,9 @@ class PageTables:
             return
         reserved = first_reserved_slot(domain.mode, use)
         slots = _slots(domain.mode, use, reserved)
-        for index in _present(entries[:slots]):
-            self.drop_entry(domain, mfn, use, index, int(entries[index]))
+        # Read before the first is dropped: the table may be given up, and scrubbed, by what it names.
+        for index, entry in [(index, int(entries[index])) for index in _present(entries[:slots])]:
+            self.drop_entry(domain, mfn, use, index, entry)
         if reserved is not None and end is None:
             entries[reserved:] = 0
 
@@ -236,7 +237,8 @@ class PageTables:
     def _take_present(self, domain: Domain, table: int, use: int, index: int, entry: int, owner: Domain | None) -> None:
         mode, level = domain.mode, _LEVELS[use]
         mfn = mode.frame_of(entry)
-        named = self.types.entry(mode, level, entry, (owner or domain).domid)
+        # Pages may be another's, if the caller may say so; tables never.
+        named = self.types.entry(mode, level, entry, (owner if owner and level == "l1" else domain).domid)
         if level == "l1":
             if self.types.take(mfn, named) == REFUSED:
                 raise HypercallError(Errno.EBUSY)

@@ -73,14 +73,13 @@ class WritableTables:
     def __init__(self, xen: Hypervisor, refused: Callable[[Vcpu, int, int], None]) -> None:
         self._xen, self._memory, self._frames, self._tables = xen, xen.memory, xen.frames, xen.page_tables
         self._refused = refused
-        self._opened_at = -1
 
     def open(self, vcpu: Vcpu, error: int, address: int) -> bool:
         """Whether a page fault was a store to an l1 table of the guest's; if so, the store is under way."""
         if error != _STORE or not vcpu.domain.writable_tables or vcpu.state.cpl == 3:
             return False
         # An instruction that stores to two tables at once faults at one while the other is open, for ever.
-        if self._opened_at == self._xen.now:
+        if vcpu.opened_at == self._xen.now:
             return False
         try:
             mapped_by = table, index = self._xen.mmu.leaf_of(vcpu, address)
@@ -91,7 +90,7 @@ class WritableTables:
         mfn = mode.frame_of(entry)
         if not entry & PRESENT or not self._is_table(vcpu.domain, mfn):
             return False
-        self._opened_at = self._xen.now
+        vcpu.opened_at = self._xen.now
         before = self._around(vcpu, address, mfn)
         opened = _Open(vcpu, mfn, mapped_by, entry, before, vcpu.state.save(), (error, address))
         mode.write(self._memory, table << PAGE_SHIFT, index, (entry | RW) ^ _MARK)

@@ -232,7 +232,9 @@ class ProbedCpu:
     def _end_slice(self) -> None:
         """Let the slice in progress end before the next instruction; safe at any moment of a run."""
         self._longest = 0
-        self._counter[1] = min(self._counter)
+        # A single step ends the slice by itself, and must not be left out.
+        if self._step is None:
+            self._counter[1] = min(self._counter)
 
     def run_until(self, end: int) -> None:
         self._end, self._longest = end, SLICE
@@ -255,11 +257,17 @@ class ProbedCpu:
         if failure is not None:
             raise failure
         self.state.capture_stopped()
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            # Now, since ending a single step may let another state run.
+            leaving.resume()
+            self.state.capture()
+            self._stopping = None
         if self._step is not None:
             self._base -= 1
-            self._end_step(False)
-        if self._leaving is not None:
-            self._leave()
+            self._end_step(leaving is not None)
+        if leaving is not None:
+            self._trap_outside(self._leaving_vector)
         elif status or reached <= before:
             self._trap_outside(MACHINE_CHECK)
 
@@ -268,15 +276,6 @@ class ProbedCpu:
         if self._flush:
             self._flush = False
             self._engine.write_cr3(self.state.cr3)
-
-    def _leave(self) -> None:
-        """Take the trap of an instruction whose hook cannot redirect the guest."""
-        assert self._leaving is not None
-        self._leaving.resume()
-        self.state.capture()
-        self._leaving = None
-        self._stopping = None
-        self._trap_outside(self._leaving_vector)
 
     def _trap_outside(self, vector: int) -> None:
         self.state.old_exception[0] = -1
