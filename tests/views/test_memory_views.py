@@ -89,7 +89,7 @@ def test_a_page_that_the_guest_maps_gets_a_line_of_its_own() -> None:
     before = {area.start for area in view.areas() if area.pages}
     xen.run(100)
     (new,) = [area for area in view.areas() if area.pages and area.start not in before]
-    assert (new.start, new.name, new.rights) == (0xC020_0000, "free pages", "read")
+    assert (new.start, new.name, new.rights) == (0xC020_0000, "free pages, pfn 0x0c8", "read")
     assert new.pages[0].mfn == xen.domains[0].frames[200]
     (row,) = P2mView(xen).rows(xen.domains[0], [200])
     assert [page.address for page in row.pages] == [BASE + 200 * 4096, 0xC020_0000]

@@ -27,7 +27,7 @@ _ZOOM_LEFT, _ZOOM_GAP = 424.0, 24.0
 _STRIP, _ZOOM, _ROWS_TOP, _ROW, _GAP_ROW = 66.0, 118.0, 174.0, 21.0, 17.0
 _DETAIL_X = 566.0
 # As high as it becomes in the lessons, so that nothing below moves while the run plays.
-_LEAST_HEIGHT = 590.0
+_LEAST_HEIGHT = 575.0
 _FRAMES_SHOWN = 6
 
 
@@ -174,7 +174,7 @@ def size(area: Area) -> str:
     length = area.end - area.start
     for unit, shift in (("GiB", 30), ("MiB", 20)):
         if length >= 1 << shift:
-            return f"{length / (1 << shift):.4g} {unit}"
+            return f"{length / (1 << shift):.3g} {unit}"
     return f"{length >> 10} KiB"
 
 

@@ -163,14 +163,24 @@ def areas(xen: Hypervisor, domain: Domain) -> list[Area]:
 
 
 def _grouped(xen: Hypervisor, domain: Domain) -> Iterator[tuple[str, list[Page]]]:
-    known = names_by_frame(xen, domain)
-    # Neighbours have the same difference between their address and their place in the list.
+    known, found = names_by_frame(xen, domain), places(xen, domain)
     named = [(name_of(xen, domain, page, known), page) for page in pages(xen, domain)]
+    if found:
+        named = [(name + _again(xen, domain, page, found), page) for name, page in named]
+    # Neighbours have the same difference between their address and their place in the list.
     keyed = [
         ((name, page.writable, page.user, page.address - at * PAGE_SIZE), page) for at, (name, page) in enumerate(named)
     ]
     for key, group in groupby(keyed, key=lambda item: item[0]):
         yield key[0], [page for _key, page in group]
+
+
+def _again(xen: Hypervisor, domain: Domain, page: Page, found: Places) -> str:
+    """Marks a page of the guest's memory that stands somewhere else than where its number puts it."""
+    if xen.frames.owner_of(page.mfn) != domain.domid or page.mfn == domain.shared_info_mfn:
+        return ""
+    pfn = xen.frames.m2p[page.mfn]
+    return "" if page.address == found.base + (pfn << PAGE_SHIFT) else f", pfn {pfn_text(pfn)}"
 
 
 def names_by_frame(xen: Hypervisor, domain: Domain) -> dict[int, str]:
