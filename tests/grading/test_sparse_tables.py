@@ -35,7 +35,12 @@ MISTAKES: dict[str, tuple[str, str, tuple[int, int, int, int], str]] = {
         "raised",
     ),
     "tables writable": ("| PRESENT)\n    return", "| PRESENT | RW)\n    return", (1, 2, 1, 0), "-EBUSY"),
-    "user bit above forgotten": ("PRESENT | RW | USER)", "PRESENT | RW)", (2, 2, 0, 1), "page fault with error code 5"),
+    "user bit above forgotten": (
+        "PRESENT | RW | USER\n",
+        "PRESENT | RW\n",
+        (2, 2, 0, 1),
+        "page fault with error code 5",
+    ),
     "user bit forgotten": ('(USER if region["user"] else 0)', "0", (2, 2, 0, 0), "page fault with error code 5"),
     "rw bit forgotten": ('(RW if region["writable"] else 0)', "0", (2, 0, 0, 0), "is not on writable memory"),
     "all for ring 3": ('(USER if region["user"] else 0)', "USER", (2, 4, 1, 1), "found that it was allowed"),
@@ -84,7 +89,7 @@ def test_each_mistake_costs_what_it_breaks(judged: Grade, solution: Read, mistak
 
 
 def test_a_fault_is_shown_with_the_walk_there(judged: Grade, solution: Read) -> None:
-    report = judged("04", solution("04").replace("PRESENT | RW | USER)", "PRESENT | RW)"))
+    report = judged("04", solution("04").replace("PRESENT | RW | USER\n", "PRESENT | RW\n"))
     assert "guest 'plain two-level': ring 3 reads at 0x" in text(report)
     assert "the walk there: l2[" in text(report)
 

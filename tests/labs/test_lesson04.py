@@ -66,7 +66,7 @@ def test_observe_gives_registers_or_the_fault(mode: PagingMode) -> None:
     assert str(seen) == "EAX = 0x1, EBX = 0x2, ECX = 0x3, EDX = 0x4"
     assert lesson04.observe("xor ebx, ebx\n mov eax, __HYPERVISOR_xen_version\n int 0x82", mode=mode).entries == 1
     fault = lesson04.observe("mov eax, 5\n mov [0x1000], eax", mode=mode)
-    assert str(fault) == "#PF(2) at 0x1000, by the instruction here+0x5"
+    assert str(fault) == "#PF(2) at 0x1000, by the instruction at here+0x5"
     assert fault.eax == 0
 
 

@@ -165,7 +165,7 @@ def _observation(xen: Hypervisor, domain: Domain) -> Observation:
 
 def _fault(domain: Domain, trap: Event) -> str:
     at = f" at {trap.address:#x}" if trap.vector == 14 else ""
-    return f"{short_vector(trap.vector)}({trap.error}){at}, by the instruction {symbol(domain, trap.eip)}"
+    return f"{short_vector(trap.vector)}({trap.error}){at}, by the instruction at {symbol(domain, trap.eip)}"
 
 
 def where(xen: Hypervisor, domain: Domain, addresses: Iterable[str | int]) -> str:
