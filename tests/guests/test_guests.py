@@ -51,6 +51,16 @@ def test_calls_does_the_same_work_three_ways_and_is_refused_three_times() -> Non
     assert [result for _number, result in returns[33:36]] == [-Errno.ENOSYS, -Errno.ENOSYS, -Errno.EFAULT]
 
 
+def test_frames_finds_its_way_through_both_lists_and_swaps_two_of_its_frames() -> None:
+    xen, console = run("frames")
+    assert console == "12345"
+    guest, m2p = xen.domains[0], xen.frames.m2p
+    left, right = (guest.symbols[name] - 0xC000_0000 >> 12 for name in ("left", "right"))
+    assert (m2p[guest.frames[left]], m2p[guest.frames[right]]) == (right, left)
+    answers = [event.result for event in xen.trace.events(Kind.RETURN) if event.number == Hypercall.update_va_mapping]
+    assert answers == [0, -Errno.EBUSY]
+
+
 def test_an_unknown_guest_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ImageError, match="counter, hello"):
+    with pytest.raises(ImageError, match="counter, frames, hello"):
         guests.source("no-such-guest")

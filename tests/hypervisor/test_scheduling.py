@@ -305,6 +305,16 @@ def test_end_of_one_leaves_the_others(name: str, mode: Any) -> None:
     assert victim.vcpus[0].run_state is RunState.ENDED
 
 
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_guest_whose_first_instruction_cannot_be_fetched_is_ended(portable: bool) -> None:
+    xen = Hypervisor(Machine(memory_mib=4, portable=portable))
+    domain = boot(xen, LOOP)
+    domain.vcpus[0].state.eip = 0x10
+    assert xen.run(100).stop is Stop.IDLE
+    assert (domain.crashed, xen.now) == (True, 0)
+    assert "at address 0x00000010" in domain.report
+
+
 def test_fault_in_the_fault_handler_ends_when_the_stack_does(play_text: Any) -> None:
     """A handler that faults at once pushes frame after frame until the stack runs into a page table."""
     seen = play_text(

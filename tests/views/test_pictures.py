@@ -16,14 +16,23 @@ from view_guests import ENDLESS, ROUND_TRIPS, talker
 from xenlab import Hypervisor, Machine
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.trace import Kind
-from xenlab.views import BarsView, CallTimeline, MachineView, Picture, RegistersView, RingsView
+from xenlab.views import (
+    AddressSpaceView,
+    BarsView,
+    CallTimeline,
+    MachineView,
+    P2mView,
+    Picture,
+    RegistersView,
+    RingsView,
+)
 from xenlab.views.canvas import Canvas, clip, printable
 from xenlab.views.picture import table
 from xenlab.views.story import describe, instructions_by_domain, last_moves, last_steps
 
 Run = Callable[..., Hypervisor]
 SVG = "{http://www.w3.org/2000/svg}"
-VIEWS = (MachineView, RingsView, CallTimeline, RegistersView)
+VIEWS = (MachineView, RingsView, CallTimeline, RegistersView, AddressSpaceView, P2mView)
 LIMIT = 60_000
 
 

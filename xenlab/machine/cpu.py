@@ -268,7 +268,8 @@ class ProbedCpu:
             self._end_step(leaving is not None)
         if leaving is not None:
             self._trap_outside(self._leaving_vector)
-        elif status or reached <= before:
+        # Stopped before the first instruction, the machine did what was asked.
+        elif status or (reached <= before and self._stopping is None):
             self._trap_outside(MACHINE_CHECK)
 
     def _resume(self) -> None:

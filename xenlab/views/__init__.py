@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xenlab.views.address_space import AddressSpaceView
 from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
 from xenlab.views.machine import MachineView
 from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
+from xenlab.views.p2m import P2mView
 from xenlab.views.picture import Picture
 from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
@@ -26,6 +28,7 @@ def live(timeline: Movable, *views: Picture) -> LiveView:
 
 
 __all__ = [
+    "AddressSpaceView",
     "BarsView",
     "CallTimeline",
     "Cell",
@@ -33,6 +36,7 @@ __all__ = [
     "InstructionRow",
     "MachineView",
     "Outcome",
+    "P2mView",
     "Picture",
     "RegistersView",
     "RingsView",
