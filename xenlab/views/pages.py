@@ -125,7 +125,8 @@ def _places(domain: Domain, info_at: int, info: StartInfo) -> Places | None:
     base = info.mfn_list - (first << PAGE_SHIFT)
     if first < 0 or base < 0 or base % PAGE_SIZE or info.nr_pt_frames > total:
         return None
-    names = [_IMAGE] * first + ["P2M list"] * (info_at - first) + ["start_info", "console", "store"]
+    shared = [] if domain.privileged else ["store", "console"]
+    names = [_IMAGE] * first + ["P2M list"] * (info_at - first) + ["start_info", *shared]
     names += ["page tables"] * info.nr_pt_frames + ["stack"]
     names += [_FREE_PAGES] * (total - len(names))
     return Places(base, info.mfn_list, tuple(names[:total]))
