@@ -284,7 +284,11 @@ class PageTables:
             Preempted: make the call again.
         """
         mode, use = domain.mode, self._frames.type[table]
-        self._check_slot(mode, use, index)
+        try:
+            self._check_slot(mode, use, index)
+        except HypercallError as refusal:
+            self._refused(table, index, new, refusal.errno)
+            raise
         level, address = _LEVELS[use], table << PAGE_SHIFT
         old = mode.read(self._memory, address, index)
         new = as_stored(level, new | old & _AD if keep_marks and new & PRESENT else new)
