@@ -135,3 +135,35 @@ again:  mov ebx, CONSOLEIO_write
     assert guest.console_lost == 40 * 65536 - CONSOLE_BYTES
     assert guest.console.startswith(f"[{guest.console_lost} bytes before this are not kept]")
     assert max(len(event.data) for event in xen.trace.events(Kind.CONSOLE)) == 1024
+
+
+class Believing:
+    """A validator that refuses nothing."""
+
+    def entry(self, _level: str, _flags: int, _domid: int, _owner: int) -> int:
+        return 0
+
+    def take(self, _mfn: int, use: int) -> int:
+        return 1 if 0 < use < 6 else 0
+
+    def drop(self, _mfn: int, _use: int) -> int:
+        return 0
+
+
+def test_a_validator_that_lets_a_guest_map_a_frame_that_is_not_there_is_named() -> None:
+    xen = Hypervisor(page_types=Believing(), trace=Trace())
+    boot(
+        xen,
+        """
+start:  mov ebx, 0xc0100000
+        mov ecx, 0xfffff063
+        xor edx, edx
+        xor esi, esi
+        mov eax, __HYPERVISOR_update_va_mapping
+        int 0x82
+stay:   jmp stay
+""",
+    )
+    with pytest.raises(PartError, match=r"Believing, entry\('l1', 0x63, 0, -3\): expected a negated errno"):
+        xen.run(100)
+    xen.run(100)

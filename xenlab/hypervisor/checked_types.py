@@ -81,6 +81,9 @@ class CheckedTypes:
             raise wrong(self._part, f"entry({level!r}, {flags:#x}, {domid}, {owner})", _ENTRY, answer)
         if answer < 0:
             raise HypercallError(-answer)
+        if owner == NOWHERE:
+            did = f"entry({level!r}, {flags:#x}, {domid}, {owner})"
+            raise wrong(self._part, did, "a negated errno, since the machine has no such frame", answer)
         return structural(level, entry)
 
     def _failed(self, did: str, expected: str, problem: Exception) -> XenlabError:
