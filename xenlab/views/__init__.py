@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenlab.views.address_space import AddressSpaceView
+from xenlab.views.audit import audit_report
 from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
+from xenlab.views.frame_map import FrameMap
 from xenlab.views.machine import MachineView
 from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
 from xenlab.views.p2m import P2mView
+from xenlab.views.page_tree import PageTree
 from xenlab.views.picture import Picture
 from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
@@ -32,15 +35,18 @@ __all__ = [
     "BarsView",
     "CallTimeline",
     "Cell",
+    "FrameMap",
     "InstructionMatrix",
     "InstructionRow",
     "MachineView",
     "Outcome",
     "P2mView",
+    "PageTree",
     "Picture",
     "RegistersView",
     "RingsView",
     "TlbView",
+    "audit_report",
     "cost_bars",
     "live",
     "space_bars",

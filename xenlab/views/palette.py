@@ -5,6 +5,8 @@ in lesson 05, and one reader in twelve does not see red and green apart.
 
 The invariant: colours are Okabe and Ito's, and no colour stands alone: a label, a symbol or a
 dashed outline says the same.  What breaks without it: a picture that only some can read.
+Types of frames stand beside their owners in one picture, so their colours are others: of Paul Tol's
+muted scheme, which is made for the same eyes.
 
 Paper, ink and rules take the notebook theme's own variables; where there is none (a web page,
 a picture file) the values behind the comma hold, so a picture always brings its own background.
@@ -19,8 +21,15 @@ DARK, LIGHT = "#111111", "#FFFFFF"
 DOMAINS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7")
 RING_COLOURS = {0: HYPERVISOR, 1: KERNEL, 2: "var(--soft)", 3: APPLICATION}
 RING_NAMES = {0: "hypervisor", 1: "guest kernel", 2: "not used", 3: "application"}
+# White is read on these, black on the others.
+_DARK_ONES = frozenset((DOMAINS[0], "#AA4499", "#882255", "#CC3311"))
 # The outline tells domains with the same colour apart: plain, dashed, dotted.
 DASHES = ("", "6 3", "2 2")
+
+# By the number of `FrameType`: fill, and the sign that says the same.
+FRAME_COLOURS = ("var(--soft)", "#88CCEE", "#44AA99", "#AA4499", "#44AA99", "#882255", "#DDCC77")
+FRAME_SIGNS = ("", "l1", "l2", "l3", "l2", "d", "w")
+REFUSED = "#CC3311"
 
 STYLE = """
 .xl{--bg:var(--jp-layout-color1,#fff);--ink:var(--jp-content-font-color1,#1b1b1b);
@@ -49,5 +58,7 @@ def domain_dash(domid: int) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """CSS class of text that can be read on a colour of this palette."""
-    return "w" if colour == DOMAINS[0] else "k"
+    """CSS class of text that can be read on a colour of this palette; none for one of the theme's own."""
+    if colour.startswith("var"):
+        return ""
+    return "w" if colour in _DARK_ONES else "k"
