@@ -10,8 +10,8 @@ without it: an object with an ``__eq__`` of its own judges itself.  A forged lis
 only a list of wrong decisions.
 
 As JSON, a decision about an instruction is ``{"refuse": true}`` or ``{"changes": {name: number}}``;
-one about a hypercall is ``{"result": number, "writes": [[address, hex], ...]}``; instead of
-either there may be ``{"unusable": why}``.
+one about a hypercall is ``{"result": number, "writes": [[address, hex], ...]}``; one about types and counts of
+frames is a bare number; instead of each there may be ``{"unusable": why}``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from xenlab.errors import XenlabError
 from xenlab.hypervisor.emulate import Emulator, Values
 from xenlab.hypervisor.hypercalls import HypercallPart
 
-Decision = dict[str, Any]
+# An object, or for slots that are asked often a bare number (`page_types_slot`).
+Decision = dict[str, Any] | int
 Reader = Callable[[int, int], bytes | None]
 _REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip", "eflags")
 _CONTROL = ("cr0", "cr2", "cr4", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 # No guest of ours asks half as often; a part that leaves EIP where it is is asked for ever.
 MAX_DECISIONS = 100
-_TOO_MANY: Decision = {"unusable": f"the part was asked {MAX_DECISIONS} times; does EIP stay where it is?"}
 _MAX_WRITES, _MAX_WRITTEN = 64, 1 << 16
 _U32 = 0xFFFF_FFFF
 
@@ -49,30 +49,33 @@ class Sink(Protocol):
 
 
 class Recorder:
-    """Asks the part, and remembers."""
+    """Asks the part, at most ``most`` times, and remembers."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_DECISIONS) -> None:
+        self._most = most
         self.decisions: list[Decision] = []
 
     def next(self, ask: Callable[[], Decision]) -> Decision:
-        decision = ask() if len(self.decisions) < MAX_DECISIONS else _TOO_MANY
+        decision = ask() if len(self.decisions) < self._most else self._too_many()
         self.decisions.append(decision)
         return decision
 
+    def _too_many(self) -> Decision:
+        return {"unusable": f"the part was asked {self._most} times; does EIP stay where it is?"}
+
 
 class Replayer:
-    """Gives back what was recorded."""
+    """Gives back what was recorded, at most ``most`` decisions and why there are no more."""
 
-    def __init__(self, decisions: Iterable[Any]) -> None:
-        self._decisions = islice(decisions, MAX_DECISIONS + 1)
+    def __init__(self, decisions: Iterable[Any], most: int = MAX_DECISIONS) -> None:
+        self._decisions = islice(decisions, most + 1)
 
     def next(self, ask: Callable[[], Decision]) -> Decision:
         decision = next(self._decisions, None)
         if decision is None:
             raise Unusable("the part handed back no decision here: it stopped before, or ran out of time")
-        if not isinstance(decision, dict):
-            raise Unusable(f"expected a decision as a JSON object, found {decision!r:.80}")
-        return decision
+        checked: Decision = decision
+        return checked
 
 
 class EmulatorSlot:
@@ -143,9 +146,9 @@ def _encode_result(value: Any) -> Decision:
     return {"result": int(result), "writes": [[int(address), bytes(data).hex()] for address, data in writes.items()]}
 
 
-def changes_of(decision: Decision) -> dict[str, int] | None:
+def changes_of(decision: Any) -> dict[str, int] | None:
     """The changes that a decision about an instruction asks for; None for #GP.  Raises Unusable."""
-    _raise_if_unusable(decision)
+    _check_object(decision)
     if decision.get("refuse") is True:
         return None
     changes = decision.get("changes")
@@ -158,9 +161,9 @@ def changes_of(decision: Decision) -> dict[str, int] | None:
     return {name: value & _U32 for name, value in changes.items()}
 
 
-def result_of(decision: Decision) -> tuple[int, dict[int, bytes]]:
+def result_of(decision: Any) -> tuple[int, dict[int, bytes]]:
     """The result and the writes that a decision about a hypercall asks for.  Raises Unusable."""
-    _raise_if_unusable(decision)
+    _check_object(decision)
     result, writes = decision.get("result"), decision.get("writes")
     _check_word("the result", result)
     if not isinstance(result, int) or not isinstance(writes, list) or len(writes) > _MAX_WRITES:
@@ -182,7 +185,14 @@ def _write_of(write: Any) -> tuple[int, bytes]:
     return address, data
 
 
-def _raise_if_unusable(decision: Decision) -> None:
+def _check_object(decision: Any) -> None:
+    if not isinstance(decision, dict):
+        raise Unusable(f"expected a decision as a JSON object, found {decision!r:.80}")
+    raise_if_unusable(decision)
+
+
+def raise_if_unusable(decision: dict[str, Any]) -> None:
+    """Raise Unusable with the reason, if that is what the decision is."""
     if "unusable" in decision:
         raise Unusable(str(decision["unusable"])[:600])
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
 from xenlab.grading.decisions import (
+    MAX_DECISIONS,
     Decision,
     EmulatorSlot,
     HypercallSlot,
@@ -17,6 +18,8 @@ from xenlab.grading.decisions import (
     Unusable,
     described,
 )
+from xenlab.grading.page_types_slot import MAX_ANSWERS, PageTypesSlot, Question
+from xenlab.hypervisor.auditor import Violation
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind, Trace
@@ -28,7 +31,7 @@ from xenlab.toolstack.image import SOURCE_BASE, SOURCE_HYPERCALL_PAGE, SOURCE_SH
 MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
-EMULATOR, HYPERCALL = "emulator", "hypercall"
+EMULATOR, HYPERCALL, PAGE_TYPES = "emulator", "hypercall", "page_types"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, or empty for an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
     """
@@ -44,6 +47,26 @@ class Slot:
     kind: str
     names: tuple[str, ...]
     number: int = 0
+
+    @property
+    def most_decisions(self) -> int:
+        """How often the part may be asked by one guest."""
+        return MAX_ANSWERS if self.kind == PAGE_TYPES else MAX_DECISIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A hypercall of a guest whose page tables a student's part validates, as it stood on entry.
+
+    Attributes:
+        text: what it asks for, entries decoded.
+        frames: the frames that it names.
+        asked: how many questions the part had been asked before it.
+    """
+
+    text: str
+    frames: tuple[int, ...]
+    asked: int
 
 
 @dataclass(slots=True)
@@ -54,12 +77,18 @@ class Run:
         xen, domain: the machine it ran on and its domain.
         events: what was recorded.
         problem: why the part could not go on, empty if it could.
+        calls: with a validator of the student's, each hypercall.
+        questions: what that was asked, and answered.
+        violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
     """
 
     xen: Hypervisor
     domain: Domain
     events: list[Event]
     problem: str = ""
+    calls: list[Call] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -114,6 +143,10 @@ def from_wire(name: str, wire: dict[str, Any]) -> Image:
 
 def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BUDGET) -> Run:
     """Boot ``image`` on a machine of its own with the part in its slot, and run it to its end or its budget."""
+    if slot.kind == PAGE_TYPES:
+        from xenlab.grading.validated import run_validated
+
+        return run_validated(image, PageTypesSlot(sink, part), budget)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -133,14 +166,26 @@ def record(image: Image, slot: Slot, part: Callable[[], Any]) -> list[Decision]:
         made = part()
     except Exception as problem:
         return [{"unusable": f"{slot.names[0]}() raised {described(problem)}"}]
-    recorder = Recorder()
+    recorder = Recorder(slot.most_decisions)
     run(image, slot, recorder, made)
     return recorder.decisions
 
 
 def replay(image: Image, slot: Slot, decisions: Any) -> Run:
     """Run a guest with decisions that were recorded."""
-    return run(image, slot, Replayer(decisions if isinstance(decisions, list) else []))
+    return run(image, slot, Replayer(decisions if isinstance(decisions, list) else [], slot.most_decisions))
 
 
-__all__ = ["EMULATOR", "HYPERCALL", "Run", "Slot", "from_wire", "image_from_source", "record", "replay", "to_wire"]
+__all__ = [
+    "EMULATOR",
+    "HYPERCALL",
+    "PAGE_TYPES",
+    "Call",
+    "Run",
+    "Slot",
+    "from_wire",
+    "image_from_source",
+    "record",
+    "replay",
+    "to_wire",
+]
