@@ -198,17 +198,17 @@ class BatchCost:
 
     Attributes:
         batch: updates in one call.
-        traps: calls for 512 updates.
-        ratio: time of an update, in times of one that is made alone; of this host, at this moment.
+        traps: calls for all updates.
+        update_ns: time of one update; of this host, at this moment.
     """
 
     batch: int
     traps: int
-    ratio: float
+    update_ns: float
 
 
 def batching(batches: Sequence[int] = (1, 8, 64, 512), *, count: int = 512, repeat: int = 5) -> list[BatchCost]:
-    """The same ``count`` updates in batches of these sizes, the first of which is the yardstick.
+    """The same ``count`` updates in batches of these sizes.
 
     Args:
         repeat: measurements in turns, of which the quickest counts.
@@ -221,7 +221,7 @@ def batching(batches: Sequence[int] = (1, 8, 64, 512), *, count: int = 512, repe
             begin = time.perf_counter_ns()
             xen.run(length)
             best[place] = min(best[place], time.perf_counter_ns() - begin)
-    return [BatchCost(batch, count // batch, taken / best[0]) for batch, taken in zip(batches, best, strict=True)]
+    return [BatchCost(batch, count // batch, taken / count) for batch, taken in zip(batches, best, strict=True)]
 
 
 def _batch_machine(batch: int, count: int) -> Hypervisor:

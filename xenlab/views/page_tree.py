@@ -286,7 +286,7 @@ class PageTree(Picture):
                 canvas.text(32, top + 60, clip(refusal.entry, 110), "m")
             if refusal.inside:
                 canvas.text(32, top + 78, clip(refusal.inside, 110), "m")
-            canvas.text(32, top + 98, clip(f"because {refusal.why}", 132))
+            canvas.text(32, top + (98 if refusal.inside else 80), clip(f"because {refusal.why}", 132))
         verdict = self.verdict()
         sign = "✓" if verdict == "the auditor is content" else "✗"
         canvas.text(32, top + _DETAIL_HEIGHT - 12, clip(f"{sign} {verdict}", 130), "b")

@@ -236,6 +236,15 @@ def describe(xen: Hypervisor, step: Step) -> str:
             return f"switch to {who(xen, values['to_vcpu'])}{slice_text}"
         case Kind.CONSOLE:
             return "console: " + bytes(values["data"]).decode("utf-8", "backslashreplace")
+        case Kind.FLUSH:
+            page = f" of {values['address']:#x}" if values["address"] else ""
+            return f"TLB emptied: {values['reason']}{page}"
+        case Kind.REFUSED:
+            place = f"entry {values['index']} of the table in frame {values['table']:#x}"
+            return f"refused: {place} = {values['entry']:#x}: {answer_text(-values['errno'])}"
+        case Kind.TABLE_WRITE:
+            stored = ", ".join(f"entry {index} = {new:#x}" for index, _old, new in values["changes"]) or "nothing new"
+            return f"stored to table {values['table']:#x}: {stored}, {'kept' if values['kept'] else 'put back'}"
     return f"{event.kind.name.lower()}: " + " ".join(str(value) for value in values.values())
 
 
