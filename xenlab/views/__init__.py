@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xenlab.views.address_space import AddressSpaceView
+from xenlab.views.balloon import BalloonView
 from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
 from xenlab.views.machine import MachineView
@@ -29,6 +30,7 @@ def live(timeline: Movable, *views: Picture) -> LiveView:
 
 __all__ = [
     "AddressSpaceView",
+    "BalloonView",
     "BarsView",
     "CallTimeline",
     "Cell",
