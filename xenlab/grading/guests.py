@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
+from xenlab.grading import balloons
 from xenlab.grading.decisions import (
     Decision,
     EmulatorSlot,
@@ -29,6 +30,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL = "emulator", "hypercall"
+BALLOON = "balloon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,16 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, BALLOON, or empty for an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
+        scenarios: of the guests that run with others, by name; see `balloons`.
     """
 
     kind: str
     names: tuple[str, ...]
     number: int = 0
+    scenarios: Mapping[str, balloons.Scenario] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -54,12 +58,14 @@ class Run:
         xen, domain: the machine it ran on and its domain.
         events: what was recorded.
         problem: why the part could not go on, empty if it could.
+        asked: what a balloon policy was asked, and what it answered.
     """
 
     xen: Hypervisor
     domain: Domain
     events: list[Event]
     problem: str = ""
+    asked: Sequence[balloons.Asked] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -114,6 +120,10 @@ def from_wire(name: str, wire: dict[str, Any]) -> Image:
 
 def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BUDGET) -> Run:
     """Boot ``image`` on a machine of its own with the part in its slot, and run it to its end or its budget."""
+    if slot.kind == BALLOON:
+        played = balloons.play(image, slot.scenarios[image.name], slot.number, sink, part)
+        assert played.xen.trace is not None
+        return Run(played.xen, played.xen.domains[0], played.xen.trace.events(), played.problem, played.asked)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -143,4 +153,15 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
     return run(image, slot, Replayer(decisions if isinstance(decisions, list) else []))
 
 
-__all__ = ["EMULATOR", "HYPERCALL", "Run", "Slot", "from_wire", "image_from_source", "record", "replay", "to_wire"]
+__all__ = [
+    "BALLOON",
+    "EMULATOR",
+    "HYPERCALL",
+    "Run",
+    "Slot",
+    "from_wire",
+    "image_from_source",
+    "record",
+    "replay",
+    "to_wire",
+]
