@@ -31,6 +31,8 @@ MACHINE_MIB = 4
 AWAY = 0xFFFF_FFFF
 # Three guests whose needs change, and hardly ever at the same time.
 PLANS = {"web": "8: 30x60, 400x70", "mail": "8: 400x60, 30x90", "build": "8: 60x30, 350x60, 120x40"}
+# Two that never have enough, beside one that was built with far more than it uses.
+UNEVEN = {"web": "8: 400x9999", "mail": "8: 400x9999", "idle": "2: 20x9999"}
 LEAST, MOST = 60, 440
 _KIB_PER_PAGE = 4
 _ENOUGH = 20_000_000
@@ -197,6 +199,15 @@ def pressure_timeline(policy: BalloonPolicy | None = None, *, interval: int = 5_
     timeline = Timeline(xen)
     timeline.submit(Balance(policy, interval) if policy else Balance(interval=interval))
     return timeline
+
+
+def uneven(policy: BalloonPolicy | None = None, *, instructions: int = 300_000) -> Hypervisor:
+    """Two guests that want more than they were built with, and an idle one; they have run, with a policy or without."""
+    xen = machine(UNEVEN.values(), names=tuple(UNEVEN), most=MOST)
+    if policy is not None:
+        xen.submit(Balance(policy, 5_000))
+    xen.run(instructions)
+    return xen
 
 
 def shortages(xen: Hypervisor) -> str:
