@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
+from xenlab.grading import balloons
 from xenlab.grading.decisions import (
     MAX_DECISIONS,
     Decision,
@@ -31,7 +32,7 @@ from xenlab.toolstack.image import SOURCE_BASE, SOURCE_HYPERCALL_PAGE, SOURCE_SH
 MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
-EMULATOR, HYPERCALL, PAGE_TYPES = "emulator", "hypercall", "page_types"
+EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,16 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, or empty for an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
+        scenarios: of the guests that run with others, by name; see `balloons`.
     """
 
     kind: str
     names: tuple[str, ...]
     number: int = 0
+    scenarios: Mapping[str, balloons.Scenario] = field(default_factory=dict)
 
     @property
     def most_decisions(self) -> int:
@@ -80,6 +83,7 @@ class Run:
         calls: with a validator of the student's, each hypercall.
         questions: what that was asked, and answered.
         violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
+        asked: what a balloon policy was asked, and what it answered.
     """
 
     xen: Hypervisor
@@ -89,6 +93,7 @@ class Run:
     calls: list[Call] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
+    asked: Sequence[balloons.Asked] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -147,6 +152,10 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         from xenlab.grading.validated import run_validated
 
         return run_validated(image, PageTypesSlot(sink, part), budget)
+    if slot.kind == BALLOON:
+        played = balloons.play(image, slot.scenarios[image.name], slot.number, sink, part)
+        assert played.xen.trace is not None
+        return Run(played.xen, played.xen.domains[0], played.xen.trace.events(), played.problem, asked=played.asked)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -177,6 +186,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 
 
 __all__ = [
+    "BALLOON",
     "EMULATOR",
     "HYPERCALL",
     "PAGE_TYPES",

@@ -84,6 +84,7 @@ def _judged(path: str, submission: Submission, exercise: Lesson, seed: int, limi
             "kind": slot.kind,
             "names": list(slot.names),
             "number": slot.number,
+            "scenarios": dict(slot.scenarios),
             "guests": {name: to_wire(image) for name, image in images.items()},
         },
         limits,

@@ -152,6 +152,8 @@ class Domain:
         hypervisor_slots: the hypervisor's entries in each top table of the domain's, by index.
         pages: how many frames it has now; its reservation.
         most_pages: how many it may have.
+        least_pages: how many the control domain's tools leave it; the hypervisor does not look at it.
+        store_mfn: frame of the page that it shares with those tools, 0 for none.
         writable_tables: whether its stores to page tables are carried out (`writable_tables`).
         privileged: whether it may use the control interface.
         vcpus: its virtual CPUs.
@@ -173,6 +175,8 @@ class Domain:
     hypervisor_slots: dict[int, int]
     pages: int
     most_pages: int
+    least_pages: int = 0
+    store_mfn: int = 0
     writable_tables: bool = False
     privileged: bool = False
     vcpus: list[Vcpu] = field(default_factory=list)
@@ -211,7 +215,7 @@ class Domain:
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""
         return {
-            "memory": (self.pages, self.most_pages, self.writable_tables),
+            "memory": (self.pages, self.most_pages, self.least_pages, self.writable_tables),
             "console": (bytes(self.console_out), bytes(self.console_in), self.console_lost),
             "end": (self.shutdown, self.report),
             "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
@@ -219,7 +223,7 @@ class Domain:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave."""
-        self.pages, self.most_pages, self.writable_tables = saved["memory"]
+        self.pages, self.most_pages, self.least_pages, self.writable_tables = saved["memory"]
         out, typed, self.console_lost = saved["console"]
         self.console_out, self.console_in = bytearray(out), bytearray(typed)
         self.shutdown, self.report = saved["end"]

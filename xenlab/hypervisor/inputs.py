@@ -6,10 +6,14 @@ comes again at the same instruction.
 The invariant: outside the queue nothing changes a machine that runs.  Each input is applied
 at the first moment at or after its stamp at which no guest instruction is half done, and
 that moment is a function of the stamps alone.
+
+An input with an attribute ``interval`` comes again and again, so many instructions apart: a tool of the control
+domain's that looks after something.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,11 +68,15 @@ class Unpause:
             hypervisor.unpause(hypervisor.domains[self.domid])
 
 
+def _due(entry: tuple[int, Input]) -> int:
+    return entry[0]
+
+
 class InputQueue:
     """Inputs with their times, those that were applied and those that are still to come.
 
     Attributes:
-        log: all inputs ever submitted, as ``(time, input)``, in order.
+        log: all inputs ever submitted, as ``(time, input)``, in the order of time.
     """
 
     def __init__(self) -> None:
@@ -76,22 +84,36 @@ class InputQueue:
         self._next = 0
 
     def submit(self, time: int, item: Input) -> None:
-        """Add an input at ``time``, behind those that were submitted before it."""
-        self.log.append((time, item))
+        """Add an input at ``time``, behind those that are due before it or were submitted before it."""
+        insort(self.log, (time, item), lo=self._next, key=_due)
 
     def forget_pending(self) -> None:
-        """Drop the inputs that were not applied yet."""
+        """Drop the inputs that were not applied yet; one that comes again and was applied before still does."""
+        pending, applied = self.log[self._next :], [item for _time, item in self.log[: self._next]]
         del self.log[self._next :]
+        for time, item in pending:
+            if getattr(item, "interval", 0) and item in applied and not self._is_pending(item):
+                self.log.append((time, item))
 
     def apply_next(self, hypervisor: Hypervisor) -> bool:
         """Apply one input whose time has come; False when there is none."""
         if self._next == len(self.log) or self.log[self._next][0] > hypervisor.now:
             return False
-        item = self.log[self._next][1]
+        time, item = self.log[self._next]
         self._next += 1
+        self._come_again(time, item, hypervisor.now)
         hypervisor.record(Kind.INPUT, -1, repr(item))
         item.apply(hypervisor)
         return True
+
+    def _come_again(self, time: int, item: Input, now: int) -> None:
+        """Submit the next turn of an input that has an interval, unless a run that is made again did so before."""
+        interval = getattr(item, "interval", 0)
+        if interval and not self._is_pending(item):
+            self.submit(time + interval * ((now - time) // interval + 1), item)
+
+    def _is_pending(self, item: Input) -> bool:
+        return any(other == item for _time, other in self.log[self._next :])
 
     def next_time(self) -> int | None:
         """When the next recorded input is due, None when there is none."""

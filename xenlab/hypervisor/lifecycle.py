@@ -17,7 +17,7 @@ from xenlab.errors import HypercallError, ImageError, MachineError
 from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
 from xenlab.hypervisor.page_tables import root_use
-from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.trace import HAS, Kind
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import PagingMode
 
@@ -86,6 +86,7 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
     domain.vcpus.append(vcpu)
     xen.vcpus[vcpu.key] = vcpu
     xen.record(Kind.DOMAIN, domain.domid, "created")
+    xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
 
 
 def destroy(xen: Hypervisor, domain: Domain) -> None:

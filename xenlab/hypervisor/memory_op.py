@@ -20,13 +20,15 @@ from xenlab.hypervisor.foreign import named_domain
 from xenlab.hypervisor.frames import OWNED
 from xenlab.hypervisor.layout import start_of
 from xenlab.hypervisor.preemption import Continuation
+from xenlab.hypervisor.trace import HAS, Kind
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
 _COMMAND_BITS = 6
 _MOST_EXTENTS = 0xFFFF_FFFF >> _COMMAND_BITS
-_MOST_ORDER = 9
+# The largest extents: of a guest's and of the control domain's calls.
+_MOST_ORDER, _CONTROL_ORDER = 9, 18
 _RESERVATION_BYTES = 20
 _EXTENT_COST = 4
 
@@ -86,8 +88,16 @@ class MemoryOps:
             domain = self._domain(vcpu, extents.domid)
         except HypercallError:
             return start
-        if extents.count > _MOST_EXTENTS or extents.order > _MOST_ORDER:
+        if extents.count > _MOST_EXTENTS or extents.order > _most_order(vcpu):
             return start
+        before = domain.pages
+        try:
+            return self._in_turn(vcpu, command, domain, extents, start)
+        finally:
+            if domain.pages != before:
+                self._xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
+
+    def _in_turn(self, vcpu: Vcpu, command: int, domain: Domain, extents: Extents, start: int) -> int:
         allowance, one = self._xen.allowance, self._on_extents[command]
         allowance.begin()
         for number in range(start, extents.count):
@@ -153,7 +163,7 @@ class MemoryOps:
         return 0
 
     def _exchanging(self, vcpu: Vcpu, given: Extents, wanted: Extents, done: int) -> Domain:
-        if max(given.order, wanted.order) > _MOST_ORDER:
+        if max(given.order, wanted.order) > _most_order(vcpu):
             raise HypercallError(Errno.EPERM)
         same = given.count << given.order == wanted.count << wanted.order and given.domid == wanted.domid
         whole = given.count % (1 << max(wanted.order - given.order, 0)) == 0
@@ -196,3 +206,7 @@ class MemoryOps:
         if frames.owner_of(mfn) != domain.domid or mfn == domain.shared_info_mfn:
             return False
         return bool(frames.flags[mfn] & OWNED) and frames.refs[mfn] == 1
+
+
+def _most_order(vcpu: Vcpu) -> int:
+    return _CONTROL_ORDER if vcpu.domain.privileged else _MOST_ORDER

@@ -17,6 +17,8 @@ from itertools import islice
 from typing import Any
 
 NO_DOMAIN = -1
+# What a MEMORY event counts: pages that a domain has, may have at most, and should have.
+HAS, MOST, TARGET = "has", "most", "target"
 DEFAULT_CAPACITY = 1 << 17
 
 
@@ -37,6 +39,7 @@ class Kind(IntEnum):
     FLUSH = 11  # reason, linear address of a single page or 0
     TABLE_WRITE = 12  # frame of the l1 table, changes as a tuple of (index, old, new), whether they were kept
     REFUSED = 13  # frame of the table, index, entry, errno
+    MEMORY = 14  # how many pages a domain has, may have, should have: which of these, and the number
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -54,6 +57,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.FLUSH: ("reason", "address"),
     Kind.TABLE_WRITE: ("table", "changes", "kept"),
     Kind.REFUSED: ("table", "index", "entry", "errno"),
+    Kind.MEMORY: ("what", "pages"),
 }
 
 

@@ -131,7 +131,7 @@ class _Builder:
             info.console_info_off, info.console_info_size = ctypes.sizeof(StartInfo), ctypes.sizeof(ScreenInfo)
         else:
             info.store_mfn, info.console_mfn = domain.frames[layout.store], domain.frames[layout.console]
-            domain.console_mfn = info.console_mfn
+            domain.store_mfn, domain.console_mfn = info.store_mfn, info.console_mfn
         # The machine has no screen, and a page that is all zeros says so.
         self._store(layout.address(layout.start_info), bytes(info))
 

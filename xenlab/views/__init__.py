@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.views.address_space import AddressSpaceView
 from xenlab.views.audit import audit_report
+from xenlab.views.balloon import BalloonView
 from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
 from xenlab.views.frame_map import FrameMap
@@ -32,6 +33,7 @@ def live(timeline: Movable, *views: Picture) -> LiveView:
 
 __all__ = [
     "AddressSpaceView",
+    "BalloonView",
     "BarsView",
     "CallTimeline",
     "Cell",
