@@ -141,6 +141,7 @@ def expectations() -> dict[str, int]:
         "MMU_NORMAL_PT_UPDATE": numbers.MmuUpdate.NORMAL,
         "MMU_MACHPHYS_UPDATE": numbers.MmuUpdate.MACHPHYS,
         "MMU_PT_UPDATE_PRESERVE_AD": numbers.MmuUpdate.PRESERVE_AD,
+        "MMU_PT_UPDATE_NO_TRANSLATE": numbers.MmuUpdate.NO_TRANSLATE,
         "VMASST_TYPE_writable_pagetables": numbers.VmAssistType.WRITABLE_PAGETABLES,
         "VMASST_TYPE_pae_extended_cr3": numbers.VmAssistType.PAE_EXTENDED_CR3,
         "sizeof(struct mmu_update)": 16,

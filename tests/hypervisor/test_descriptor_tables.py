@@ -59,6 +59,10 @@ class TestCheckedDescriptor:
         with pytest.raises(HypercallError):
             checked_descriptor(Descriptor(0, 0x1000, 0x80 | 0x70 | 0x06).encode(), END)
 
+    def test_64_bit_code_is_refused(self) -> None:
+        with pytest.raises(HypercallError):
+            checked_descriptor(flat_code(1, 0xFFFFF).encode() | 1 << 53, END)
+
     @given(st.integers(0, 2**64 - 1))
     def test_what_is_let_in_is_safe_and_stays_as_it_is(self, value: int) -> None:
         try:

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_bench import FREE_PFN, LEAF, READ_ONLY, REQUESTS, TABLE, Guest, guests
 
+from xenlab.abi.numbers import MmuextOp
+from xenlab.hypervisor import preemption
 from xenlab.hypervisor.emulate import GENERAL, PrivilegedInstructions, decode
 from xenlab.hypervisor.trace import Kind
+from xenlab.machine.cpu import PROTECTION
+from xenlab.machine.paging import TWO_LEVEL, PagingMode
 
 CR0 = 0x8005_0033
 REGISTERS = {name: 0x100 + number for number, name in enumerate(GENERAL)} | {"eip": 0x1000, "eflags": 2}
@@ -166,7 +171,7 @@ def test_any_bytes_change_only_what_is_named(code: bytes, ring: int) -> None:
     changes = PrivilegedInstructions().emulate(code, REGISTERS, system)
     if changes is not None:
         assert 0x1000 < changes["eip"] <= 0x1000 + len(code)
-        assert set(changes) <= set(REGISTERS) | set(SYSTEM) - {"ring", "iopl", "tsc", "cr3"}
+        assert set(changes) <= set(REGISTERS) | set(SYSTEM) - {"ring", "iopl", "tsc"}
         assert changes.get("cr0", CR0) & ~8 == CR0
         assert changes.get("dr7", 0x400) == 0x400
         assert ring == 1 or set(changes) <= {"eip", "eax", "edx"}
@@ -197,3 +202,62 @@ def test_io_privilege_is_what_lets_cli_pass() -> None:
 def test_decode_counts_prefixes() -> None:
     assert decode(b"\x66\x2e\x0f\x06") == (4, 0x0F06)
     assert decode(b"\xfa") == (1, 0xFA)
+
+
+class TestMoveToCr3:
+    """A move to CR3 is the hypercall for another base pointer, in another form (Xen's arch/x86/pv/emul-priv-op.c)."""
+
+    def move(self, guest: Guest, value: int) -> bool:
+        """Execute ``mov cr3, eax``; whether it was carried out."""
+        guest.run_me()
+        guest.write(REQUESTS, b"\x0f\x22\xd8")
+        guest.vcpu.state.eip, guest.vcpu.state.eax = REQUESTS, value
+        guest.xen.trap(PROTECTION, 0, 0)
+        return guest.vcpu.state.eip == REQUESTS + 3
+
+    def copy_of_root(self, guest: Guest, pfn: int, more: dict[int, int] | None = None) -> int:
+        mode, count = guest.mode, 4 if guest.mode is not TWO_LEVEL else 1008
+        entries = {n: mode.read(guest.xen.memory, guest.root << 12, n) for n in range(count)}
+        return guest.table(pfn, entries | (more or {}))
+
+    def test_loads_a_root_table(self, mode: PagingMode) -> None:
+        (guest,) = guests(mode)
+        first, second = guest.root, self.copy_of_root(guest, FREE_PFN)
+        frames, flushes = guest.xen.frames, guest.xen.tlb.counts["base pointer"]
+        assert self.move(guest, second << 12)
+        assert guest.root == second
+        assert (frames.uses[second], frames.uses[first]) == (1, 1)  # in use, and pinned
+        assert guest.xen.tlb.counts["base pointer"] == flushes + 1
+        (event,) = guest.xen.trace.events(Kind.EMULATE)
+        assert dict(event.changes)["cr3"] == second << 12
+        assert self.move(guest, first << 12)
+        assert frames.uses[second] == 0
+
+    def test_of_the_same_value_empties_the_tlb(self, mode: PagingMode) -> None:
+        (guest,) = guests(mode)
+        flushes = guest.xen.tlb.counts["base pointer"]
+        assert self.move(guest, guest.root << 12)
+        assert guest.xen.tlb.counts["base pointer"] == flushes + 1
+
+    def test_of_anything_else_is_handed_back(self, mode: PagingMode) -> None:
+        guest, other = guests(mode, 2)
+        root = guest.root
+        values = [guest.frames[FREE_PFN] << 12, other.root << 12, guest.root << 12 | 1, 0xFFFF_F000, 0]
+        for value in values:
+            guest.domain.shutdown = None
+            assert not self.move(guest, value)
+            assert guest.root == root
+        assert not guest.xen.trace.events(Kind.EMULATE)
+
+    def test_that_is_interrupted_is_executed_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        (guest,) = guests(TWO_LEVEL)
+        tables = {n: guest.table(FREE_PFN + 1 + n, {0: guest.entry(FREE_PFN + 9, LEAF)}) for n in range(3)}
+        more = {n: guest.mode.entry(mfn, TABLE) for n, mfn in tables.items()}
+        root = self.copy_of_root(guest, FREE_PFN, more)
+        monkeypatch.setattr(preemption, "ALLOWANCE", preemption.TABLE_COST + 1)
+        assert [self.move(guest, root << 12) for _ in range(4)] == [False, False, False, True]
+        assert guest.root == root
+        assert not guest.domain.ended
+        monkeypatch.undo()
+        assert guest.extended(MmuextOp.UNPIN_TABLE, root) < 0
+        assert guest.map(FREE_PFN + 9, guest.entry(FREE_PFN + 9, READ_ONLY)) == 0

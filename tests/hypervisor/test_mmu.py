@@ -19,7 +19,7 @@ from memory_bench import (
     guests,
 )
 
-from xenlab.abi.numbers import DOMID_IO, DOMID_SELF, DOMID_XEN, Errno, Hypercall, MmuextOp, UvmFlags
+from xenlab.abi.numbers import DOMID_IO, DOMID_SELF, DOMID_XEN, Errno, Hypercall, MmuextOp, MmuUpdate, UvmFlags
 from xenlab.hypervisor.frames import NO_PFN, PINNED, VALIDATED, FrameType
 from xenlab.hypervisor.page_entries import Use
 from xenlab.machine.paging import NX, PAE, TWO_LEVEL, PagingMode
@@ -122,9 +122,13 @@ class TestMmuUpdate:
         assert guest.update(1 << 12 | 1, 5) == -Errno.EINVAL
 
     def test_commands_that_do_not_exist(self, guest: Guest) -> None:
-        for command in range(3, guest.mode.entry_size):
+        for command in range(4, guest.mode.entry_size):
             assert guest.update(guest.place(A) | command, guest.entry(B)) == -Errno.ENOSYS
         assert guest.now(A) == guest.entry(A)
+
+    def test_a_machine_address_that_needs_no_translation(self, guest: Guest) -> None:
+        assert guest.update(guest.place(A) | MmuUpdate.NO_TRANSLATE, guest.entry(B)) == 0
+        assert guest.now(A) == guest.entry(B)
 
     def test_a_frame_that_is_no_table_is_written_as_data(self, guest: Guest) -> None:
         assert guest.update(guest.frames[A] << 12, 0x1234_5678) == 0
@@ -149,8 +153,11 @@ class TestMmuUpdate:
         for address in (0x1000, 0xFC00_0000, 0xFFFF_FFF8, 0xC00F_FFF8):
             assert guest.call(Hypercall.mmu_update, address, 2, 0, DOMID_SELF) == -Errno.EFAULT
             assert guest.call(Hypercall.mmu_update, address, 100, 0, DOMID_SELF) == -Errno.EFAULT
+
+    def test_a_wild_place_for_the_count_is_ignored(self, guest: Guest) -> None:
         for done in (0x1000, 0xFC00_0000, guest.vcpu.state.cr3):
-            assert guest.call(Hypercall.mmu_update, REQUESTS, 0, done, DOMID_SELF) == -Errno.EFAULT
+            for count in (0, 1 << 31):
+                assert guest.call(Hypercall.mmu_update, REQUESTS, count, done, DOMID_SELF) == 0
 
     def test_wild_later_elements(self, guest: Guest) -> None:
         """The array runs off the end of memory: what comes before is done and counted."""
@@ -174,6 +181,21 @@ class TestMmuUpdate:
         assert other.now(B) == other.entry(A)
         assert other.update(control.place(B), 0, foreign=1 << 16 | DOMID_SELF) == -Errno.EPERM
         assert control.update(control.place(B), 0, foreign=9 << 16 | DOMID_SELF) == -Errno.EINVAL
+
+    def test_whose_tables_may_be_said_of_oneself_by_number_only(self, mode: PagingMode) -> None:
+        for number, guest in enumerate(guests(mode, 2, privileged=True)):
+            assert guest.update(guest.place(A), guest.entry(B), foreign=number + 1 << 16 | DOMID_SELF) == 0
+            foreign = DOMID_SELF + 1 << 16 | DOMID_SELF
+            assert guest.update(guest.place(A), guest.entry(A), foreign=foreign) == -Errno.EINVAL
+            assert guest.now(A) == guest.entry(B)
+
+    def test_another_domains_frame_becomes_no_table(self, mode: PagingMode) -> None:
+        """Its entries would be judged by what the domain owns that only borrows the frame."""
+        control, other = guests(mode, 2, privileged=True)
+        mfn, place = other.table(A, {}), _branch_place(control) + mode.entry_size
+        assert control.update(place, mode.entry(mfn, TABLE), foreign=1) == -Errno.EINVAL
+        assert control.update(place, 0, foreign=1) == -Errno.EINVAL
+        assert other.xen.frames.type[mfn] == FrameType.NONE
 
 
 def _branch_place(guest: Guest) -> int:

@@ -130,6 +130,7 @@ class MmuUpdate(IntEnum):
     NORMAL = 0
     MACHPHYS = 1
     PRESERVE_AD = 2
+    NO_TRANSLATE = 3
 
 
 # Set in the count of ``mmu_update`` and ``mmuext_op`` when an interrupted call is made again (xen.h).

@@ -33,7 +33,7 @@ from xenlab.hypervisor.tlb import DESCRIPTORS
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.paging import ACCESSED, NX, PRESENT, Fault, PageFault, PagingMode, walk
 from xenlab.machine.segments import ACCESSED as SEGMENT_ACCESSED
-from xenlab.machine.segments import CODE, DESCRIPTOR_SIZE, GRANULAR, Descriptor
+from xenlab.machine.segments import CODE, DESCRIPTOR_SIZE, GRANULAR, LONG, Descriptor
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -53,7 +53,7 @@ def checked_descriptor(value: int, start: int) -> int:
         start: the first address that no segment may reach.
 
     Raises:
-        HypercallError: EINVAL for a system descriptor, and for a segment that grows downwards.
+        HypercallError: EINVAL for a system descriptor, for 64-bit code, and for a segment that grows downwards.
     """
     found = Descriptor.decode(value)
     if not found.present:
@@ -69,6 +69,8 @@ def checked_descriptor(value: int, start: int) -> int:
 
 def _checked_segment(value: int, start: int) -> int:
     found = Descriptor.decode(value)
+    if found.flags & LONG:
+        raise HypercallError(Errno.EINVAL)
     if not found.access & CODE and found.access & _EXPAND_DOWN:
         raise HypercallError(Errno.EINVAL)  # it would reach upwards to the end of all addresses
     if found.base < start <= found.base + found.limit:

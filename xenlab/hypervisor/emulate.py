@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from xenlab.errors import XenlabError
+from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.parts import is_mapping, wrong
 
@@ -49,7 +49,9 @@ class Emulator(Protocol):
 
         Returns:
             What changes, by name, among registers and virtual control and debug registers,
-            with ``eip`` behind the instruction; or None to hand #GP to the guest.
+            with ``eip`` behind the instruction; or None to hand #GP to the guest.  A change of
+            ``cr3`` loads that base pointer, as the hypercall for it does; where the hypercall
+            would refuse, nothing changes, and the guest is handed #GP.
         """
         ...
 
@@ -73,16 +75,32 @@ class PrivilegedInstructions:
         return {**changes, "eip": registers["eip"] + length & 0xFFFF_FFFF}
 
 
-def carry_out(emulator: Emulator, vcpu: Vcpu, code: bytes, now: int) -> Values | None:
-    """Let ``emulator`` decide about the instruction at EIP and do what it says; None where it refuses."""
+def carry_out(
+    emulator: Emulator, vcpu: Vcpu, code: bytes, now: int, load_base: Callable[[Vcpu, int], None]
+) -> Values | None:
+    """Let ``emulator`` decide about the instruction at EIP and do what it says; None where it or we refuse.
+
+    Args:
+        emulator: the part.
+        vcpu: whose instruction.
+        code: what stands at EIP.
+        now: the time stamp.
+        load_base: loads a new value of CR3, or raises HypercallError.
+    """
     state = vcpu.state
     registers = {name: getattr(state, name) for name in (*GENERAL, "eip", "eflags")}
     system = vcpu.control | {"ring": state.cpl, "iopl": 0, "tsc": now, "cr3": state.cr3}
-    changes = decide(emulator, code, registers, system, (*registers, *vcpu.control))
+    changes = decide(emulator, code, registers, system, (*registers, *vcpu.control, "cr3"))
+    # First of all, since it is the one change that can fail.
+    if changes and "cr3" in changes:
+        try:
+            load_base(vcpu, changes["cr3"] & 0xFFFF_FFFF)
+        except HypercallError:
+            return None
     for name, value in (changes or {}).items():
         if name in registers:
             setattr(state, name, value & 0xFFFF_FFFF)
-        else:
+        elif name in vcpu.control:
             vcpu.control[name] = value & 0xFFFF_FFFF
     return changes
 
@@ -150,7 +168,7 @@ def _write_control(operand: int, registers: Values, system: Values) -> Values | 
     if name == "cr2":
         return {"cr2": value}
     if name == "cr3":
-        return {} if value == system["cr3"] else None
+        return {"cr3": value}
     if name == "cr4":
         return {"cr4": value} if value & ~CR4_ALLOWED == 0 else None
     return None

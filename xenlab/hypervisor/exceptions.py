@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.emulate import carry_out
 from xenlab.hypervisor.layout import LDT_BASE
+from xenlab.hypervisor.preemption import Preempted
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable
 from xenlab.hypervisor.writable_tables import WritableTables
 from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.machine.memory import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -94,8 +96,16 @@ class Exceptions:
     def _emulate(self, vcpu: Vcpu) -> bool:
         xen = self._xen
         code, eip = xen.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION), vcpu.state.eip
-        changes = carry_out(xen.emulator, vcpu, code, xen.now) if code else None
+        try:
+            changes = carry_out(xen.emulator, vcpu, code, xen.now, self._load_base) if code else None
+        except Preempted:
+            return True  # the guest executes its instruction again, and the check of the tables goes on
         if changes is None:
             return False
         xen.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
         return True
+
+    def _load_base(self, vcpu: Vcpu, cr3: int) -> None:
+        """A move to CR3, in which frame numbers of more than 20 bits are turned round (xen.h, xen_cr3_to_pfn)."""
+        self._xen.allowance.begin()
+        self._xen.mmu.load_base(vcpu, cr3 >> PAGE_SHIFT | cr3 << 32 - PAGE_SHIFT & _U32)

@@ -18,9 +18,11 @@ All argument checks and errnos are Xen's (arch/x86/mm.c).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from xenlab.abi.numbers import (
+    DOMID_SELF,
     MMU_UPDATE_PREEMPTED,
     Errno,
     Hypercall,
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 UPDATE_BYTES, EXTENDED_BYTES = 16, 12
 _PIN_USES = {MmuextOp.PIN_L1_TABLE: Use.L1, MmuextOp.PIN_L2_TABLE: Use.L2, MmuextOp.PIN_L3_TABLE: Use.L3}
+# A PV guest's addresses are the machine's: there is nothing that the last one would leave untranslated.
+_STORES = (MmuUpdate.NORMAL, MmuUpdate.PRESERVE_AD, MmuUpdate.NO_TRANSLATE)
 _FLUSHES = (MmuextOp.TLB_FLUSH_LOCAL, MmuextOp.TLB_FLUSH_MULTI, MmuextOp.TLB_FLUSH_ALL)
 _PAGE_FLUSHES = (MmuextOp.INVLPG_LOCAL, MmuextOp.INVLPG_MULTI, MmuextOp.INVLPG_ALL)
 _FLUSH_TYPE = 3  # the bits of UvmFlags that say how
@@ -95,6 +99,11 @@ class Mmu:
         return self._in_turn(vcpu, (address, count, done_at), UPDATE_BYTES, one_by_one, many)
 
     def _table_owner(self, caller: Domain, domid: int) -> Domain:
+        """Whose tables are meant: here a domain may name itself, but by its number only."""
+        if domid == caller.domid:
+            return caller
+        if domid == DOMID_SELF:
+            raise HypercallError(Errno.EINVAL)
         try:
             return named_domain(self._xen.domains, caller, domid)
         except HypercallError as refusal:
@@ -113,7 +122,7 @@ class Mmu:
         done = 0
         if count & MMU_UPDATE_PREEMPTED:
             count &= ~MMU_UPDATE_PREEMPTED
-            done = self._guest.read_word(vcpu, done_at) if done_at else 0
+            done = self._done_before(vcpu, done_at)
         self._allowance.begin()
         result, index = 0, 0
         try:
@@ -136,9 +145,16 @@ class Mmu:
         self._store_done(vcpu, done_at, done + index)
         return result
 
+    def _done_before(self, vcpu: Vcpu, address: int) -> int:
+        with suppress(HypercallError):
+            return self._guest.read_word(vcpu, address) if address else 0
+        return 0
+
     def _store_done(self, vcpu: Vcpu, address: int, done: int) -> None:
-        if address:
-            self._guest.write_words(vcpu, address, (done & 0xFFFF_FFFF,))
+        """Store the count; the updates are done, so a guest that gave a bad place for it is told nothing."""
+        with suppress(HypercallError):
+            if address:
+                self._guest.write_words(vcpu, address, (done & 0xFFFF_FFFF,))
 
     def _update(self, tables: Domain, owner: Domain, pointer: int, value: int) -> None:
         """One element of `mmu_update`."""
@@ -147,7 +163,7 @@ class Mmu:
         if command == MmuUpdate.MACHPHYS:
             self._check_owned(owner, mfn)
             self._frames.m2p[mfn] = value & 0xFFFF_FFFF
-        elif command in (MmuUpdate.NORMAL, MmuUpdate.PRESERVE_AD):
+        elif command in _STORES:
             self._check_owned(tables, mfn)
             value &= (1 << 8 * tables.mode.entry_size) - 1
             index = (pointer & PAGE_SIZE - 1) // tables.mode.entry_size
@@ -161,7 +177,9 @@ class Mmu:
 
     def _store(self, tables: Domain, owner: Domain, mfn: int, index: int, value: int, keep_marks: bool) -> None:
         if self._frames.type[mfn] in TABLES:
-            if not self._frames.flags[mfn] & VALIDATED:
+            # Only pages may be another domain's; its tables are judged by what it owns itself.
+            foreign_table = owner is not tables and self._frames.type[mfn] != FrameType.L1
+            if foreign_table or not self._frames.flags[mfn] & VALIDATED:
                 raise HypercallError(Errno.EINVAL)
             self._tables.update(tables, mfn, index, value, owner=owner, keep_marks=keep_marks)
         # A frame that is no table is written as any other, if it can be written at all.

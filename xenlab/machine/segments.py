@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 ACCESSED = 0x1
 PRESENT, S_BIT, CODE, CONFORMING, WRITABLE = 0x80, 0x10, 0x08, 0x04, 0x02
-BIG, GRANULAR = 0x4, 0x8
+LONG, BIG, GRANULAR = 0x2, 0x4, 0x8
 DESCRIPTOR_SIZE = 8
 
 
