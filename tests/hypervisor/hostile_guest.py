@@ -278,4 +278,4 @@ def suffer(
     return Outcome(xen, attacker, neighbour)
 
 
-__all__ = ["BASE", "NEIGHBOUR", "Outcome", "bytes_of", "machine", "source", "suffer"]
+__all__ = ["BASE", "NEIGHBOUR", "Outcome", "bytes_of", "machine", "source", "suffer", "their_frames"]

@@ -11,16 +11,18 @@ import struct
 from typing import Any
 
 import pytest
-from hostile_guest import BASE, NEIGHBOUR, machine, source, suffer
+from hostile_guest import BASE, NEIGHBOUR, Outcome, machine, source, suffer, their_frames
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xenlab import boot
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.auditor import check
 from xenlab.hypervisor.descriptor_tables import checked_descriptor
 from xenlab.hypervisor.frames import FREE, FrameType
 from xenlab.hypervisor.layout import segments_end
+from xenlab.hypervisor.trace import Kind
 from xenlab.machine.paging import PAE, TWO_LEVEL
 from xenlab.machine.segments import Descriptor
 from xenlab.timeline import Timeline
@@ -832,3 +834,154 @@ def test_arrays_that_end_in_nothing(mode: Any) -> None:
     )
     after = suffer(attack, mode)
     assert after.results(8) == (0, EFAULT, 1, 14, 0, EFAULT, EFAULT, EFAULT)
+
+
+TREE = (
+    "".join(
+        f"""
+        mov eax, offset {below}
+        call mfn_of
+        shl eax, 12
+        or eax, 1
+        mov [one + {index} * ENTRY_SIZE], eax
+"""
+        for index, below in enumerate(("two", "three", "four"))
+    )
+    + remap("one", 1)
+    + remap("two", 1)
+    + remap("three", 1)
+    + extended("MMUEXT_PIN_L2_TABLE", "one")
+)
+
+
+def interrupted_check(mode: Any, then: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A guest whose call pinned two tables of three when its allowance was used up, and what it does ``then``."""
+    monkeypatch.setattr("xenlab.hypervisor.preemption.ALLOWANCE", 70)
+    xen = machine()
+    neighbour = boot(xen, NEIGHBOUR, mode=mode)
+    xen.pause(neighbour)
+    text = source(f"{TREE} jmp finish\n abandoned: {then}", mode, their_frames(xen, neighbour))
+    attacker = boot(xen, text, name="attacker", mode=mode)
+    while not xen.page_tables.partial:
+        assert not attacker.ended
+        xen.run(1)
+    return xen, attacker
+
+
+def test_a_check_that_is_never_ended(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Background: checking a tree of tables may be interrupted, and a guest need not make the call again (Xen
+    advisories 45 and 299).
+
+    Invariant: a table that is not checked to its end is used by nobody, and cannot become anything else.
+    Construction: the call is abandoned half-way.  The table is mapped writable, updated, pinned as another level, and
+    used as a root; a table that was not reached yet is given an entry of the neighbour's, and the check is ended.
+    """
+    then = (
+        remap("one", 3)
+        + call("mov eax, offset one\n call mfn_of\n shl eax, 12", "xor edx, edx\n xor ecx, ecx", "call update")
+        + extended("MMUEXT_PIN_L1_TABLE", "one")
+        + extended("MMUEXT_UNPIN_TABLE", "one")
+        + remap("two", 3)
+        + "mov dword ptr [four], THEIR_PAGE << 12 | 3\n"
+        + remap("four", 1)
+        + extended("MMUEXT_PIN_L2_TABLE", "one")
+        + remap("one", 3)
+        + remap("two", 3)
+    )
+    xen, attacker = interrupted_check(mode, then, monkeypatch)
+    attacker.vcpus[0].state.eip = attacker.symbols["abandoned"]
+    # The hypervisor had set it back to the call.
+    xen.run(5_000)
+    outcome = Outcome(xen, attacker, attacker)
+    expected = (0, 0, 0, EBUSY, EINVAL, EINVAL, EINVAL, EBUSY, 0, EBUSY, 0, 0)
+    assert outcome.results(12) == expected
+    assert not xen.page_tables.partial
+
+
+def test_the_end_in_the_middle_of_a_check(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Background and invariant: as above, and nothing is left of a domain that is destroyed.
+
+    Construction: the domain is destroyed while the check of its tables is interrupted, and another one gets its number
+    and its frames.
+    """
+    xen, attacker = interrupted_check(mode, "", monkeypatch)
+    frames, domid = list(attacker.frames), attacker.domid
+    xen.destroy(attacker)
+    assert not xen.page_tables.partial
+    assert all(xen.frames.owner[mfn] == FREE and not xen.frames.refs[mfn] for mfn in frames)
+    check(xen)
+    other = boot(xen, NEIGHBOUR, name="next", mode=mode)
+    assert other.domid == domid
+    xen.run(1_000)
+    assert not other.ended
+
+
+STORES = {
+    "a mapping of a table": "mov eax, edi\n call mfn_of\n shl eax, 12\n or eax, 3\n mov [edi], eax",
+    "another's page": "mov eax, THEIR_PAGE << 12 | 3\n mov [edi], eax",
+    "superpage": "mov eax, [edi]\n or eax, 0x80\n mov [edi], eax",
+    "by exchange": "mov eax, THEIR_PAGE << 12 | 1\n xchg [edi], eax",
+    "by repetition": "mov eax, THEIR_PAGE << 12 | 1\n mov ecx, 1\n rep stosd",
+    "by push": "mov esp, edi\n add esp, 4\n push THEIR_PAGE << 12 | 1",
+    "its own permission": "mov eax, [edi + ebp]\n or eax, 2\n mov [edi + ebp], eax",
+    "many at once": "mov eax, THEIR_PAGE << 12 | 1\n lea esp, [edi + 32]\n pushad",
+    "by a float": "fld qword ptr [secret]\n fstp qword ptr [edi]",
+}
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores_to_an_open_page_table(name: str, mode: Any, portable: bool) -> None:
+    """Background: a store to a page table is executed with the page open, and judged afterwards.
+
+    Invariant: between two instructions no page table is writable, and an entry that may not stand there does not.
+    Construction: entries that `mmu_update` would refuse, by instructions that store in different ways; among them
+    the entry that maps the table itself, made writable through itself.
+    """
+    own = "mov ebp, edi\n and ebp, 0xfffff000\n shr ebp, 12\n and ebp, ENTRIES - 1\n"
+    own += "lea ebp, [ebp * ENTRY_SIZE]\n mov eax, edi\n and eax, 4095\n sub ebp, eax\n"
+    attack = f"""
+        jmp over
+        .align 8
+secret: .long THEIR_PAGE << 12 | 3, 0
+over:   {WRITABLE_TABLES} {OWN_ENTRY} {own}
+        mov ebx, [edi]
+        mov [two], ebx
+        mov [two + 4], edi
+        {guarded(STORES[name], "stored")}
+        mov edi, [two + 4]
+        mov eax, [edi]
+        sub eax, [two]
+        and eax, 0xffffff9f     # the marks of the MMU
+        call note
+"""
+    after = suffer(attack, mode, portable)
+    if "esp" in STORES[name]:
+        # The page fault is to be pushed where it was refused to push.
+        assert "is not on writable memory" in after.attacker.report
+    else:
+        assert after.results(4) == (0, 14, 3, 0)
+    kept = [event for event in after.xen.trace.events(Kind.TABLE_WRITE) if event.kept]
+    assert not kept
+
+
+def test_frames_exchanged_while_in_use(mode: Any) -> None:
+    """Background: an exchange takes frames and gives others.
+
+    Invariant: a frame to which anything refers is not given away.
+    Construction: a mapped page, a pinned table, the neighbour's page, and no frame at all are offered.
+    """
+    offers = ("one", "two", "THEIR_PAGE", "NO_FRAME", "THEIR_SHARED_PAGE")
+    attack = remap("two", 1) + extended("MMUEXT_PIN_L1_TABLE", "two")
+    for offer in offers:
+        find = f"mov eax, {offer}" if offer.isupper() else f"mov eax, offset {offer}\n call mfn_of"
+        attack += call(
+            f"{find}\n mov [extent], eax",
+            "mov dword ptr [request], offset extent\n mov dword ptr [request + 4], 1\n mov dword ptr [request + 8], 0",
+            "mov dword ptr [request + 16], DOMID_SELF",
+            "mov dword ptr [request + 20], offset extent\n mov dword ptr [request + 24], 1",
+            "mov dword ptr [request + 28], 0\n mov dword ptr [request + 36], DOMID_SELF",
+            "mov dword ptr [request + 40], 0",
+            "mov ebx, XENMEM_exchange\n mov ecx, offset request\n mov eax, __HYPERVISOR_memory_op\n int 0x82",
+        )
+    after = suffer(attack, mode)
+    assert after.results(7) == (0, 0, *[EINVAL] * 5)
