@@ -985,3 +985,82 @@ def test_frames_exchanged_while_in_use(mode: Any) -> None:
         )
     after = suffer(attack, mode)
     assert after.results(7) == (0, 0, *[EINVAL] * 5)
+
+
+def test_tables_that_name_their_own_level(mode: Any, portable: bool) -> None:
+    """Background: an l2 table may stand where an l1 table is expected, so that a guest finds its tables at linear
+    addresses (Xen advisories 182 and 240).
+
+    Invariant: no table is writable that way, and a table that is named so names none.
+    Construction: the root of the hypervisor's range names itself, writable and not; the entry is made writable; the
+    tables are stored to through it.  In PAE mode two more l2 tables name one another, in a row and in a ring.
+    """
+    itself = (
+        "mov eax, TOP_TABLE\n call table_mfn\n shl eax, 12\n mov edx, eax\n add eax, (TOP_INDEX + 8) * ENTRY_SIZE\n"
+    )
+
+    def names(table: str, below: str, flags: int) -> str:
+        find = f"mov eax, offset {below}\n call mfn_of\n shl eax, 12\n or eax, {flags}\n push eax\n"
+        find += f"mov eax, offset {table}\n call mfn_of\n shl eax, 12\n"
+        return call(find + "pop edx\n xor ecx, ecx\n call update")
+
+    attack = (
+        call(itself + "or edx, 7\n xor ecx, ecx\n call update")
+        + call(itself + "or edx, 5\n xor ecx, ecx\n call update")
+        + call(itself + "or edx, 0x85\n xor ecx, ecx\n call update")
+        + call(itself + "or edx, 7\n xor ecx, ecx\n call update")
+        + "mov eax, (TOP_INDEX + 8) << TOP_SHIFT | TOP_INDEX << 12\n"
+        + ("add eax, 0xc0000000\n" if mode is PAE else "")
+        + "mov ebx, [eax]\n"
+        + guarded("mov dword ptr [eax], 0", "stored")
+    )
+    expected = [EINVAL, 0, EINVAL, EINVAL, 14, 3]
+    if mode is PAE:
+        attack += "".join(remap(name, 1) + extended("MMUEXT_PIN_L2_TABLE", name) for name in ("one", "two", "three"))
+        attack += names("one", "two", 1) + names("two", "three", 1) + names("two", "one", 1) + names("three", "one", 1)
+        attack += names("three", "two", 3) + names("three", "two", 1)
+        attack += extended("MMUEXT_UNPIN_TABLE", "two") + remap("two", 3)
+        attack += extended("MMUEXT_UNPIN_TABLE", "one") + extended("MMUEXT_UNPIN_TABLE", "three") + remap("two", 3)
+        expected += [0] * 7 + [EINVAL] * 4 + [0, 0, EBUSY, 0, 0, 0]
+    after = suffer(attack.replace("TOP_SHIFT", "22" if mode is TWO_LEVEL else "21"), mode, portable)
+    assert after.results(len(expected)) == tuple(expected)
+    after.xen.destroy(after.attacker)
+    assert after.xen.frames.owned_by(after.attacker.domid) == []
+
+
+def test_a_foreign_page_outlives_its_owner(mode: Any) -> None:
+    """Background: the control domain maps pages of domains that may end at any time, and whose numbers are used again.
+
+    Invariant: a frame that somebody maps is given to nobody.
+    Construction: a page of a domain is mapped, the domain destroyed, another one gets its number and all free memory
+    that it asks for; the page stays as it is until it is unmapped, and is then free and empty.
+    """
+    xen = machine()
+    control = boot(xen, NEIGHBOUR, name="control", mode=mode, privileged=True)
+    other = boot(xen, NEIGHBOUR, name="short-lived", mode=mode)
+    xen.run(10)
+    vcpu, mfn = control.vcpus[0], other.frames[other.symbols["secret"] - BASE >> 12]
+    here = control.symbols["secret"]
+    xen.current = vcpu
+    xen.cpu.load(vcpu.state)
+
+    def map_here(frame: int, flags: int, domid: int) -> int:
+        arguments = {"eax": 22, "ebx": here, "ecx": frame << 12 | flags, "edx": 0, "esi": 1, "edi": domid}
+        for name, value in arguments.items():
+            setattr(vcpu.state, name, value)
+        xen.trap(HYPERCALL_VECTOR, 0, 0)
+        return vcpu.state.eax
+
+    assert map_here(mfn, 3, other.domid) == 0
+    xen.destroy(other)
+    check(xen)
+    assert xen.guest_memory.read_word(vcpu, here) == 0x5EC2E7
+    again = boot(xen, NEIGHBOUR, name="again", mode=mode)
+    assert again.domid == other.domid
+    assert mfn not in again.frames
+    xen.guest_memory.write(vcpu, here, b"mine")
+    assert all(bytes(xen.memory.frame(frame)[:4]) != b"mine" for frame in again.frames)
+    assert map_here(mfn, 1, again.domid) == -Errno.EBUSY & 0xFFFF_FFFF
+    assert map_here(0, 0, again.domid) == 0
+    assert xen.frames.owner[mfn] == FREE
+    assert not any(xen.memory.frame(mfn))
