@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ entry_of:                               # the machine address of the l1 entry of
         ret
 update:                                 # mmu_update: the entry at EAX becomes EDX (low) and ECX (high)
         mov [request], eax
+        mov dword ptr [request + 4], 0
         mov [request + 8], edx
         mov [request + 12], ecx
         push ebx
@@ -179,16 +181,30 @@ five:   .skip 4096
 """
 
 
-def source(attack: str, mode: PagingMode, pages: str = PAGES) -> str:
-    """The text of a guest that runs ``attack`` behind the helpers."""
+def their_frames(xen: Hypervisor, neighbour: Domain) -> dict[str, int]:
+    """Frames that the attacker has no business with, by name."""
+    return {
+        "THEIR_PAGE": neighbour.frames[neighbour.symbols["secret"] - BASE >> 12],
+        "THEIR_TABLE": neighbour.vcpus[0].state.cr3 >> 12,
+        "THEIR_SHARED_PAGE": neighbour.shared_info_mfn,
+        "THEIR_DESCRIPTORS": neighbour.own_tables[0],
+        "FLAT_DESCRIPTORS": xen.shared_pages.descriptors(neighbour.mode),
+        "NUMBER_LIST": xen.frames.m2p_frames[0],
+        "NO_FRAME": xen.frames.count,
+    }
+
+
+def source(attack: str, mode: PagingMode, frames: Mapping[str, int] | None = None) -> str:
+    """The text of a guest that runs ``attack`` behind the helpers, with ``frames`` by name."""
     numbers = {
         "ENTRY_SIZE": mode.entry_size,
         "ENTRIES": 4096 // mode.entry_size,
         "LEAF_TABLE": len(mode.levels) - 1,
         "TOP_TABLE": len(mode.levels) - 2,
+        "TOP_INDEX": mode.levels[-2].index(BASE),
     }
-    text = PRELUDE + "attack:\n" + attack + "\n jmp finish\n" + pages
-    for name, number in numbers.items():
+    text = PRELUDE + "attack:\n" + attack + "\n jmp finish\n" + PAGES
+    for name, number in {**numbers, **(frames or {})}.items():
         text = text.replace(name, str(number))
     return text
 
@@ -244,8 +260,10 @@ def suffer(
 ) -> Outcome:
     """Run an attack beside a neighbour, which has to get on and to keep its bytes, and end both."""
     xen = xen or machine(portable)
-    attacker = boot(xen, source(attack, mode), name="attacker", mode=mode)
     neighbour = boot(xen, NEIGHBOUR, name="neighbour", mode=mode)
+    xen.pause(neighbour)
+    attacker = boot(xen, source(attack, mode, their_frames(xen, neighbour)), name="attacker", mode=mode)
+    xen.unpause(neighbour)  # behind the attacker, which has the first turn
     before = bytes_of(xen, neighbour)
     xen.run(budget)
     if not attacker.ended:
@@ -260,4 +278,4 @@ def suffer(
     return Outcome(xen, attacker, neighbour)
 
 
-__all__ = ["BASE", "NEIGHBOUR", "Outcome", "bytes_of", "machine", "source", "suffer"]
+__all__ = ["BASE", "NEIGHBOUR", "Outcome", "bytes_of", "machine", "source", "suffer", "their_frames"]
