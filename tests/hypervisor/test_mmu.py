@@ -176,7 +176,8 @@ class TestMmuUpdate:
         assert other.update(other.place(A), other.mode.entry(control.frames[A], LEAF), foreign=0) == -Errno.EPERM
         for foreign, errno in ((5, Errno.ESRCH), (0, Errno.ESRCH), (DOMID_IO, Errno.EPERM), (DOMID_XEN, Errno.EPERM)):
             assert control.update(control.place(B), entry, foreign=foreign) == -errno
-        # The tables of another domain, with its own pages.
+        # The tables of another domain, with pages of somebody else, and with its own.
+        assert control.update(other.place(B), control.entry(A), foreign=2 << 16 | DOMID_SELF) == -Errno.EPERM
         assert control.update(other.place(B), other.entry(A), foreign=2 << 16 | 1) == 0
         assert other.now(B) == other.entry(A)
         assert other.update(control.place(B), 0, foreign=1 << 16 | DOMID_SELF) == -Errno.EPERM

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xenlab.grading.decisions import Decision, Sink, Unusable, described
+from xenlab.grading.decisions import Decision, Sink, Unusable, check_object, described
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.trace import Trace
 from xenlab.machine.machine import Machine
@@ -95,9 +95,9 @@ def _encode_targets(value: Any) -> Decision:
     return {"targets": [[int(domid), int(pages)] for domid, pages in value.items()]}
 
 
-def targets_of(decision: Decision, known: set[int]) -> dict[int, int]:
+def targets_of(decision: Any, known: set[int]) -> dict[int, int]:
     """The targets of a policy's decision.  Raises Unusable."""
-    _raise_if_unusable(decision)
+    check_object(decision)
     pairs = decision.get("targets")
     if not isinstance(pairs, list) or len(pairs) > len(known):
         raise Unusable(f"expected targets for at most {len(known)} domains, found {decision!r:.80}")
@@ -115,18 +115,13 @@ def _target_of(pair: Any, known: set[int]) -> tuple[int, int]:
     return domid, pages
 
 
-def change_of(decision: Decision) -> int:
+def change_of(decision: Any) -> int:
     """The pages to get, or below zero to give back, of a driver's decision.  Raises Unusable."""
-    _raise_if_unusable(decision)
+    check_object(decision)
     change = decision.get("change")
     if type(change) is not int or not -_MOST_PAGES <= change <= _MOST_PAGES:
         raise Unusable(f"expected a whole number of pages, found {decision!r:.80}")
     return change
-
-
-def _raise_if_unusable(decision: Decision) -> None:
-    if "unusable" in decision:
-        raise Unusable(str(decision["unusable"])[:600])
 
 
 @dataclass(slots=True)

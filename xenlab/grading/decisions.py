@@ -148,7 +148,7 @@ def _encode_result(value: Any) -> Decision:
 
 def changes_of(decision: Any) -> dict[str, int] | None:
     """The changes that a decision about an instruction asks for; None for #GP.  Raises Unusable."""
-    _check_object(decision)
+    check_object(decision)
     if decision.get("refuse") is True:
         return None
     changes = decision.get("changes")
@@ -163,7 +163,7 @@ def changes_of(decision: Any) -> dict[str, int] | None:
 
 def result_of(decision: Any) -> tuple[int, dict[int, bytes]]:
     """The result and the writes that a decision about a hypercall asks for.  Raises Unusable."""
-    _check_object(decision)
+    check_object(decision)
     result, writes = decision.get("result"), decision.get("writes")
     _check_word("the result", result)
     if not isinstance(result, int) or not isinstance(writes, list) or len(writes) > _MAX_WRITES:
@@ -185,7 +185,8 @@ def _write_of(write: Any) -> tuple[int, bytes]:
     return address, data
 
 
-def _check_object(decision: Any) -> None:
+def check_object(decision: Any) -> None:
+    """Raise Unusable unless the decision is an object that says what was decided."""
     if not isinstance(decision, dict):
         raise Unusable(f"expected a decision as a JSON object, found {decision!r:.80}")
     raise_if_unusable(decision)

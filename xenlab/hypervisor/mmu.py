@@ -86,6 +86,9 @@ class Mmu:
         tables = vcpu.domain
         if foreign >> 16:
             tables = self._table_owner(vcpu.domain, (foreign >> 16) - 1)
+        if tables is not vcpu.domain and owner is not tables:
+            # A guest must not come to map memory that is neither its own nor granted, whoever asks for it.
+            raise HypercallError(Errno.EPERM)
 
         def one_by_one(at: int) -> None:
             pointer_low, pointer_high, low, high = self._guest.read_words(vcpu, at, 4)
