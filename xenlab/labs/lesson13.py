@@ -17,7 +17,7 @@ from xenlab.errors import XenlabError
 from xenlab.hypervisor.core import Hypervisor, Stop
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.frames import FREE, NO_PFN
-from xenlab.hypervisor.trace import Kind, Trace
+from xenlab.hypervisor.trace import HAS, TARGET, Kind, Trace
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 from xenlab.timeline import Timeline
@@ -218,6 +218,26 @@ def shortages(xen: Hypervisor) -> str:
     ]
     rows.append(("nobody", str(xen.frames.free_frames), "", ""))
     return table(("guest", "pages", "needs", "failed allocations"), rows)
+
+
+def delays(xen: Hypervisor, most: int = 8) -> str:
+    """The largest changes that were asked for, and how long it took until the guest had what it was told."""
+    assert xen.trace is not None
+    events = xen.trace.events(Kind.MEMORY)
+    rows: list[tuple[int, int, tuple[str, ...]]] = []
+    has: dict[int, int] = {}
+    for number, event in enumerate(events):
+        if event.what == HAS:
+            has[event.domain] = event.pages
+        elif event.what == TARGET:
+            later = [after for after in events[number + 1 :] if after.domain == event.domain]
+            end = next((after for after in later if after.what == TARGET or after.pages == event.pages), None)
+            took = f"{end.time - event.time:,}" if end is not None and end.what == HAS else "told otherwise before"
+            before = has[event.domain]
+            line = (f"{event.time:,}", xen.domains[event.domain].name, f"{before} → {event.pages}", took)
+            rows.append((abs(event.pages - before), event.time, line))
+    largest = sorted(sorted(rows, key=lambda row: -row[0])[:most], key=lambda row: row[1])
+    return table(("told at", "guest", "pages", "instructions until it had them"), [line for *_key, line in largest])
 
 
 def failed(xen: Hypervisor) -> int:

@@ -23,7 +23,7 @@ _BAR_X, _BAR_WIDTH, _ROW, _TOP = 190, 560, 40, 66
 _PLOT_X, _PLOT_WIDTH, _PLOT_HEIGHT = 64, WIDTH - 64 - 24, 180
 _POINTS = 240
 _PAGE_KIB = 4
-_ROUND = (1, 2, 5)
+_ROUND = (1, 2, 3, 4, 5, 6, 8)
 
 Points = list[tuple[int, int]]
 
