@@ -132,3 +132,20 @@ def test_a_flush_of_one_page_empties_the_tlb() -> None:
     guest = boot(xen, REMAP.replace("MMUEXT_INVLPG_LOCAL, window", "MMUEXT_INVLPG_LOCAL, other"))
     xen.run(200)
     assert guest.console == "aab"
+
+
+def test_forgetting_translated_code_empties_the_tlb() -> None:
+    """The same guest, with code of another page forgotten after it has changed its page-table entry."""
+    said = []
+    for forget in (False, True):
+        xen = Hypervisor(Machine(8))
+        guest = boot(xen, REMAP)
+        for _ in range(200):
+            if guest.vcpus[0].state.eip == guest.symbols["changed"]:
+                break
+            xen.run(1)
+        if forget:
+            xen.cpu.forget_code(0, 0x1000)
+        xen.run(200)
+        said.append(guest.console)
+    assert said == ["aab", "abb"]

@@ -19,6 +19,7 @@ from xenlab.grading.decisions import (
     Unusable,
     described,
 )
+from xenlab.grading.flush_slot import Asked, FlushClock, FlushSlot
 from xenlab.grading.page_types_slot import MAX_ANSWERS, PageTypesSlot, Question
 from xenlab.hypervisor.auditor import Violation
 from xenlab.hypervisor.core import Hypervisor
@@ -33,6 +34,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
+FLUSH_POLICY = "flush_policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,18 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, or empty for an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
         scenarios: of the guests that run with others, by name; see `balloons`.
+        rules: of the `FlushClock`.
     """
 
     kind: str
     names: tuple[str, ...]
     number: int = 0
     scenarios: Mapping[str, balloons.Scenario] = field(default_factory=dict)
+    rules: tuple[int, ...] = ()
 
     @property
     def most_decisions(self) -> int:
@@ -84,6 +88,7 @@ class Run:
         questions: what that was asked, and answered.
         violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
         asked: what a balloon policy was asked, and what it answered.
+        flushes: what a flush policy was asked, and answered.
     """
 
     xen: Hypervisor
@@ -94,6 +99,7 @@ class Run:
     questions: list[Question] = field(default_factory=list)
     violations: list[Violation] = field(default_factory=list)
     asked: Sequence[balloons.Asked] = ()
+    flushes: Sequence[Asked] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -159,14 +165,17 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
-    xen = Hypervisor(Machine(MEMORY_MIB), emulator=emulator, hypercalls=hypercalls, trace=trace)
+    flushes = FlushSlot(sink, FlushClock(*slot.rules), part) if slot.kind == FLUSH_POLICY else None
+    xen = Hypervisor(Machine(MEMORY_MIB), emulator=emulator, hypercalls=hypercalls, flush_policy=flushes, trace=trace)
     domain = boot(xen, image)
+    if flushes is not None:
+        flushes.begin(xen)
     problem = ""
     try:
         xen.run(budget)
     except Unusable as reason:
         problem = str(reason)
-    return Run(xen, domain, trace.events(), problem)
+    return Run(xen, domain, trace.events(), problem, flushes=flushes.asked if flushes is not None else ())
 
 
 def record(image: Image, slot: Slot, part: Callable[[], Any]) -> list[Decision]:
@@ -188,6 +197,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 __all__ = [
     "BALLOON",
     "EMULATOR",
+    "FLUSH_POLICY",
     "HYPERCALL",
     "PAGE_TYPES",
     "Call",

@@ -85,6 +85,7 @@ def _judged(path: str, submission: Submission, exercise: Lesson, seed: int, limi
             "names": list(slot.names),
             "number": slot.number,
             "scenarios": dict(slot.scenarios),
+            "rules": list(slot.rules),
             "guests": {name: to_wire(image) for name, image in images.items()},
         },
         limits,

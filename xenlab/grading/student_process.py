@@ -80,7 +80,13 @@ def limit(cpu_seconds: int, memory_mib: int, file_mib: int) -> None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run the cells and then the guests; the reply without the output."""
     namespace, notes = run_cells(request["cells"])
-    slot = Slot(request["kind"], tuple(request["names"]), request["number"], request["scenarios"])
+    slot = Slot(
+        request["kind"],
+        tuple(request["names"]),
+        request["number"],
+        request["scenarios"],
+        tuple(request["rules"]),
+    )
     missing = [name for name in slot.names if name not in namespace]
     if missing:
         return {"notes": notes, "missing": missing}
