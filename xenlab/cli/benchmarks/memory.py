@@ -109,10 +109,19 @@ def _machine(source: str, memory_mib: int = _MEMORY_MIB) -> tuple[Hypervisor, Do
     return xen, domain
 
 
+# Of one batch: the call, its arguments, the loop round it.
+BATCH_INSTRUCTIONS = 8
+
+
+def updating(count: int) -> tuple[Hypervisor, Domain]:
+    """A guest that updates ``count`` entries with each hypercall, over and over."""
+    return _machine(_UPDATES.format(count=count, size=16 * count, update=_BATCHED, **_OFFSETS))
+
+
 def _updates_of(count: int) -> Sample:
     """Nanoseconds an entry when each hypercall updates ``count``."""
-    xen, domain = _machine(_UPDATES.format(count=count, size=16 * count, update=_BATCHED, **_OFFSETS))
-    rounds, instructions = max(_WORK // count, 1), 8  # a call, its arguments, the loop round it
+    xen, domain = updating(count)
+    rounds, instructions = max(_WORK // count, 1), BATCH_INSTRUCTIONS
 
     def sample() -> float:
         begin = clock_ns()
@@ -178,11 +187,11 @@ def pin_table() -> Sample:
     """A full l1 table of 1,024 entries, 992 of them writable mappings, checked when it is first used as one."""
     xen, domain = _machine("start: jmp start", 8)
     frames, mode = domain.frames, TWO_LEVEL
-    table = frames[-1]
-    leaf, index = xen.mmu.leaf_of(domain.vcpus[0], SOURCE_BASE + (len(frames) - 1 << PAGE_SHIFT))
+    table = frames[_FIRST_PAGE]
+    leaf, index = xen.mmu.leaf_of(domain.vcpus[0], SOURCE_BASE + (_FIRST_PAGE << PAGE_SHIFT))
     xen.page_tables.update(domain, leaf, index, 0)
     entries = xen.page_tables.entries(mode, table)
-    writable = [mfn for mfn in frames[1000:] if xen.frames.type[mfn] == Use.WRITE][:992]
+    writable = frames[1024 : 1024 + 992]  # behind what the builder has mapped
     for place, mfn in enumerate([*writable, *frames[:32]]):
         entries[place] = mode.entry(mfn, PRESENT | ACCESSED | DIRTY | (RW if place < len(writable) else 0))
 
