@@ -37,6 +37,14 @@ SERVED = {
     Hypercall.memory_op,
     Hypercall.vm_assist,
 }
+# Batches are done up to the first that is refused; a wild set of vCPUs to flush is found when the entry is changed.
+DONE_IN_PART = {
+    Hypercall.multicall,
+    Hypercall.mmu_update,
+    Hypercall.mmuext_op,
+    Hypercall.update_va_mapping,
+    Hypercall.update_va_mapping_otherdomain,
+}
 BASE = 0xC000_0000
 SCRATCH, END = 0xC000_8000, 0xC010_0000
 IDLE = "start: jmp start\n .align 4096\n .skip 0x8000"
@@ -199,7 +207,7 @@ def test_any_hypercall_answers_with_a_number_and_a_refused_one_changes_nothing(
         before = frozen(bench.xen)
         result = bench.call(number, *arguments)
         assert result >= -max(Errno)
-        if result < 0 and number != Hypercall.multicall:
+        if result < 0 and number not in DONE_IN_PART:
             bench.vcpu.state.eax = 0
             assert frozen(bench.xen) == before
 

@@ -5,8 +5,9 @@ kernel: by a software interrupt, with a number in EAX and up to six arguments in
 ESI, EDI and EBP.  The answer comes back in EAX: zero or more, or a negated errno.
 
 The invariant: whatever the arguments, a hypercall either does its whole work or returns an
-errno and leaves everything as it was; nothing that a guest passes can raise further than
-the table.  What breaks without it: one domain's mistake stops all.
+errno and leaves everything as it was; one that works on an array does so for each element, and
+says how many it has done.  Nothing that a guest passes can raise further than the table.  What
+breaks without it: one domain's mistake stops all.
 
 Guests do not write ``int 0x82`` themselves but call into the hypercall page, which the
 hypervisor fills in, so that the way in can change without the guest knowing.
