@@ -159,8 +159,9 @@ class FrameTable:
             owner, f"domain {owner}'s"
         )
         marks = [name for bit, name in ((PINNED, "pinned"), (VALIDATED, "validated")) if self.flags[mfn] & bit]
-        kind = FrameType(self.type[mfn]).name.lower()
-        text = f"frame {mfn:#x}, {whose}, type {kind}, {self.uses[mfn]} uses, {self.refs[mfn]} references"
+        kind = FrameType(self.type[mfn]).name.lower().replace("_", " ")
+        uses, refs = _counted(self.uses[mfn], "use"), _counted(self.refs[mfn], "reference")
+        text = f"frame {mfn:#x}, {whose}, type {kind}, {uses}, {refs}"
         return ", ".join((text, *marks))
 
     def state(self) -> dict[str, Any]:
@@ -173,6 +174,10 @@ class FrameTable:
             # In place: others hold views of these columns.
             getattr(self, name)[:] = state[name]
         self._free = list(state["free"])
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _scattered(first: int, end: int) -> list[int]:

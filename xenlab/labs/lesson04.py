@@ -119,6 +119,11 @@ class Observation:
     xen: Hypervisor
     domain: Domain
 
+    @property
+    def answer(self) -> int:
+        """EAX as a hypercall's answer: below zero for an error."""
+        return self.eax - (self.eax >> 31 << 32)
+
     def __str__(self) -> str:
         if self.fault:
             return self.fault
@@ -201,7 +206,7 @@ def walk_steps(xen: Hypervisor, domain: Domain, address: int) -> str:
         offset = address % PAGE_SIZE
         byte = xen.memory.bytes[at + offset]
         rows.append(("page", f"{PAGE_SHIFT - 1}–0", str(offset), f"{at + offset:#x}", f"{byte:#x}"))
-    return table(("level", "bits", "their value", "so at machine address", "stands"), rows)
+    return table(("level", "bits", "their value", "so at machine address", "stands there"), rows)
 
 
 _CONFUSED = """

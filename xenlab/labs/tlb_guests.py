@@ -130,7 +130,10 @@ changed:
         call extended
 flushed:
         call look
-stay:   jmp stay
+over:   mov ebx, SCHEDOP_shutdown
+        mov ecx, offset reason
+        mov eax, __HYPERVISOR_sched_op
+        int 0x82
 
 look:   mov al, [window]                     # print what is seen through the window
         call print
@@ -139,6 +142,7 @@ look:   mov al, [window]                     # print what is seen through the wi
     + LIBRARY
     + """
 flush:  .long MMUEXT_INVLPG_LOCAL, window, 0
+reason: .long SHUTDOWN_poweroff
         .align 4096
 window: .ascii "a"
         .align 4096

@@ -24,7 +24,7 @@ from xenlab.views.palette import FRAME_COLOURS, FRAME_SIGNS, ink_on
 from xenlab.views.picture import Picture, table
 from xenlab.views.refusals import TYPE_NAMES
 
-_PER_ROW, _CELL, _HEIGHT, _LEFT = 32, 25, 18, 64
+_PER_ROW, _CELL, _HEIGHT, _LEFT = 32, 25, 21, 64
 _ROWS, _SHOWN, _NAMED = 9, 3, 5
 _LEVEL_NAMES = {FrameType.L1: "l1", FrameType.L2: "l2", FrameType.L2_TOP: "l2", FrameType.L3: "l3"}
 _LEGEND = (FrameType.NONE, FrameType.WRITABLE, FrameType.L1, FrameType.L2, FrameType.L3, FrameType.DESCRIPTORS)
@@ -175,7 +175,7 @@ class FrameMap(Picture):
 
     def _headline(self, mfn: int) -> str:
         pfn = self._xen.frames.m2p[mfn]
-        return self._xen.frames.describe(mfn) + (f", to its owner frame {pfn:#x}" if pfn != NO_PFN else "")
+        return self._xen.frames.describe(mfn) + (f", pfn {pfn:#x}" if pfn != NO_PFN else "")
 
     # Picture.
 
@@ -203,7 +203,7 @@ class FrameMap(Picture):
         rest = f"; the first {limit:,} are shown" if total > limit else ""
         canvas.text(98, top + 14, clip(f"{name}, {total:,} frames{rest}", 90), "d")
         for row in range(self._rows):
-            canvas.text(_LEFT - 8, top + 36 + row * _HEIGHT, f"{row * _PER_ROW:#05x}", "m d s", anchor="end")
+            canvas.text(_LEFT - 8, top + 37 + row * _HEIGHT, f"{row * _PER_ROW:#05x}", "m d s", anchor="end")
         for run in runs:
             if run.place < limit:
                 self._draw_run(canvas, domid, run, top + 22)
@@ -232,9 +232,9 @@ class FrameMap(Picture):
         for number in range(len(run.frames)):
             at = x + number * _CELL
             if sign := _sign(look):
-                canvas.text(at + _CELL / 2, y + 13, sign, style, anchor="middle")
+                canvas.text(at + _CELL / 2, y + 14.5, sign, style, anchor="middle")
             if look.flags & PINNED:
-                canvas.circle(at + 3, y + 3, 2.2, fill="#111111", stroke="var(--bg)")
+                canvas.circle(at + 4, y + 3.2, 2.4, fill="#111111")
             if look.flags & VALIDATED:
                 canvas.rect(at + 3, y + _HEIGHT - 4, _CELL - 6, 2, fill="#111111")
 

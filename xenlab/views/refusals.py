@@ -162,7 +162,7 @@ def reason(xen: Hypervisor, domain: Domain, table: int, index: int, entry: int, 
         return "the table behind the last entry holds the hypervisor's range: it must be there at every moment"
     level = _level(kind, errno)
     if judge_entry(level, entry & ~mode.frame_mask, 0, 0) < 0:
-        return "with such a flag the MMU would not take the entry for what was checked"
+        return "with this flag the entry would mean something else to the MMU than what was checked"
     mfn = mode.frame_of(entry)
     if mfn >= frames.count:
         return f"there is no such frame: the machine has {frames.count:#x}"
