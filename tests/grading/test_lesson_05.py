@@ -33,6 +33,7 @@ STUDENT = "ada"
 USES, REFS = ("self.uses[mfn] -= 1", "self.uses[mfn] -= 0"), ("self.refs[mfn] -= 1", "self.refs[mfn] -= 0")
 UNUSED = "return answer if self.refs[mfn] else answer + 2"
 GRANTED = "return 1 if 1 <= use <= 5 and not uses else 0"
+COUNTED = "uses and kind != use and not self.refs.update({mfn: self.refs.get(mfn, 0) + 1})"
 OMISSIONS = {
     "uses": USES,
     "refs": REFS,
@@ -45,6 +46,7 @@ OMISSIONS = {
     "secret": ("and kind == 5 and RULES", "and kind == 5 and not RULES"),
     "validate": (GRANTED, "return 0"),
     "unused": (UNUSED, "return answer + 2"),
+    "refused": ("uses and kind != use", COUNTED),
 }
 LEFT = {
     "uses": (0, 0, 0),
@@ -58,6 +60,7 @@ LEFT = {
     "secret": (3, 3, 3),
     "validate": (0, 0, 0),
     "unused": (0, 0, 0),
+    "refused": (3, 3, 3),
 }
 SAID = {
     "uses": "asked before about the same frames: take(0x2d0, 0) = 0, take(0x2d0, 6) = 0, take(0x2d0, 0) = 0, "
@@ -72,6 +75,7 @@ SAID = {
     "secret": "entry('l1', 0x61, 1, 1) = 0, take(",
     "validate": "the auditor after it: RANGE: no guest entry reaches the hypervisor's range",
     "unused": "the auditor after it: OWNERSHIP: no guest maps a frame that it neither owns",
+    "refused": "take(0x18a, 1) = -1, take(0x18a, 6) = 0, drop(0x18a, 0) = 0",
 }
 
 

@@ -160,7 +160,7 @@ def test_entries_and_frames_out_of_range_are_named(solution: Read) -> None:
     root = whole["root"]
     foreign = next(mfn for pfn, mfn in enumerate(guest.p2m) if pfn not in guest.tables)
     for tables, said in (
-        ({root: {1024: 1}}, "expected an index below 1024"),
+        ({root: {1024: 1}}, "in two-level format expected an index below 1024"),
         ({root: {0: 1 << 32}}, "an entry of 4 bytes"),
         ({root: {"x": 1}}, "an index in table"),
         ({root: {0: "é"}}, "an entry of table"),

@@ -49,6 +49,7 @@ def guests(lesson: Validator) -> list[Guest]:
         _hostile(lesson, "descriptors", _descriptors(lesson)),
         _hostile(lesson, "pinned-and-written", _pinned_and_written(lesson)),
         _hostile(lesson, "given-back", _given_back(lesson)),
+        _hostile(lesson, "refused-and-given-back", _refused_and_given_back(lesson)),
         _hostile(lesson, "too-many-uses", _too_many_uses(lesson)),
     ]
 
@@ -224,6 +225,12 @@ def _given_back(lesson: Validator) -> tuple[Step, ...]:
     """A frame that is given back while it is mapped is the guest's until the last mapping goes."""
     gone = lesson.refused(map_page(2, own(7)), "the frame is free", lesson.nobody)
     return (map_page(0, own(7)), give_back(own(7)), unmap(0), map_page(1, own(1)), OWN.gone(7), gone)
+
+
+def _refused_and_given_back(lesson: Validator) -> tuple[Step, ...]:
+    """A refused use that was counted as a reference would keep the frame for ever."""
+    tried = lesson.refused(hang(700, own(7)), "the frame is mapped writable", REFUSED_TABLE)
+    return (tried, *_given_back(lesson))
 
 
 def _too_many_uses(lesson: Validator) -> tuple[Step, ...]:

@@ -181,11 +181,11 @@ def _write_table(built: Built, mfn: int, table: Any) -> None:
     most = PAGE_SIZE // mode.entry_size
     for key, value in table.items():
         index, entry = _number(key, f"an index in table {mfn:#x}"), _number(value, f"an entry of table {mfn:#x}")
-        if index >= most or entry >> 8 * mode.entry_size:
-            raise ValueError(
-                f"table {mfn:#x}, entry {index} = {entry:#x}: expected an index below {most} and an entry "
-                f"of {mode.entry_size} bytes"
-            )
+        where = f"table {mfn:#x}, entry {index} = {entry:#x}"
+        if index >= most:
+            raise ValueError(f"{where}: in {mode.name} format expected an index below {most}")
+        if entry >> 8 * mode.entry_size:
+            raise ValueError(f"{where}: in {mode.name} format expected an entry of {mode.entry_size} bytes")
         mode.write(built.xen.memory, mfn << PAGE_SHIFT, index, entry)
 
 
