@@ -183,6 +183,11 @@ def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_p
     )
     assert page.locator(".xl-live [data-event]").nth(6).evaluate("e => e === document.activeElement")
 
+    # The control bar stays in sight at the last of the views.
+    page.locator(".xl-frame").last.evaluate("frame => frame.scrollIntoView({block: 'end'})")
+    bar, live = page.locator(".xl-bar").bounding_box(), page.locator(".xl-live").bounding_box()
+    assert live["y"] < 0 < bar["y"] < 200
+
     # The stills are in the page but hidden beside the live widget.
     stills = page.locator(".jp-OutputArea-child:has(img[src*='xl-still'])")
     assert stills.count() == 4

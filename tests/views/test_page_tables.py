@@ -201,7 +201,7 @@ def test_reasons_of_leaves(guest: Obedient) -> None:
         (17, READ_ONLY, "the hypervisor's"),
         (guest.xen.frames.owner.index(-2), READ_ONLY, "free"),
         (0xFFFFF, READ_ONLY, "no such frame"),
-        (page.mfn, WRITABLE | PSE, "such a flag"),
+        (page.mfn, WRITABLE | PSE, "this flag"),
     ):
         assert guest.update(guest.leaf, 300, mode.entry(mfn, flags)).result < 0
         assert reason in why(guest)
@@ -213,7 +213,7 @@ def test_reasons_of_tables() -> None:
     for mfn, flags, reason in (
         (guest.page(0).mfn, TABLE, "mapped writable (1 use)"),
         (guest.root, TABLE, "may name itself, but only to be read"),
-        (guest.page(0).mfn, TABLE | PSE, "such a flag"),
+        (guest.page(0).mfn, TABLE | PSE, "this flag"),
     ):
         assert guest.update(guest.root, 700, mode.entry(mfn, flags)).result < 0
         assert reason in why(guest)

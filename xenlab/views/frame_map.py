@@ -232,9 +232,9 @@ class FrameMap(Picture):
         for number in range(len(run.frames)):
             at = x + number * _CELL
             if sign := _sign(look):
-                canvas.text(at + _CELL / 2, y + 14.5, sign, style, anchor="middle")
+                canvas.text(at + _CELL / 2, y + 15, sign, style, anchor="middle")
             if look.flags & PINNED:
-                canvas.circle(at + 4, y + 3.2, 2.4, fill="#111111")
+                canvas.circle(at + 3.5, y + 3, 2.2, fill="#111111")
             if look.flags & VALIDATED:
                 canvas.rect(at + 3, y + _HEIGHT - 4, _CELL - 6, 2, fill="#111111")
 

@@ -230,7 +230,7 @@ class P2mView(Picture):
         start = _LEFT + _COLUMN if side == 0 else _RIGHT - _COLUMN
         y, (x, target) = self._row_top(row) + _ROW / 2, self._place(row.mfn)
         colour = "var(--ink)" if selected else domain_colour(row.domid)
-        canvas.line(start, y, x, target, "", stroke=colour, stroke_width="2.5" if selected else "1.2", fill="none")
+        canvas.line(start, y, x, target, "", stroke=colour, stroke_width="2.5" if selected else "1.5", fill="none")
         canvas.circle(x, target, 4 if selected else 3, fill=colour, stroke="var(--bg)")
 
     def _draw_detail(self, canvas: Canvas, row: Row, top: float) -> None:

@@ -347,7 +347,9 @@ def _draw_mark(canvas: Canvas, index: int, x: float, y: float, size: int) -> Non
     side = max(cell, 9) + 4
     middle = (left + cell / 2, top + cell / 2)
     canvas.rect(middle[0] - side / 2, middle[1] - side / 2, side, side, fill="none", stroke=REFUSED, stroke_width="3")
-    canvas.text(middle[0] + side / 2 + 3, middle[1] + 5, "✗", "b", colour=REFUSED)
+    fits = middle[0] + side / 2 + 14 <= x + columns * cell
+    beside, anchor = (side / 2 + 3, "start") if fits else (-side / 2 - 3, "end")
+    canvas.text(middle[0] + beside, middle[1] + 5, "✗", "b", colour=REFUSED, anchor=anchor)
 
 
 def _draw_lines(canvas: Canvas, nodes: list[Node], places: dict[int, tuple[float, float]], width: float) -> None:

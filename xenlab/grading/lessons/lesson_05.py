@@ -46,7 +46,9 @@ _ERRNOS = (
 )
 _USER_RULES = {
     "never": "an `l1` entry may not be for applications (`USER`, 0x4)",
-    "not writable": "an `l1` entry may not be for applications and writable at the same time (`USER`, 0x4, and `RW`, 0x2)",
+    "not writable": (
+        "an `l1` entry may not be for applications and writable at the same time (`USER`, 0x4, and `RW`, 0x2)"
+    ),
 }
 _HISTORY = 5
 
