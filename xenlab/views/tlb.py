@@ -260,7 +260,8 @@ def space_bars(
     for name, tlb in zip(("top 64 MB", "space of its own"), both, strict=True):
         labels += [f"{name}: flushes", f"{name}: misses"]
         values += [cost.flushing(tlb) / entered, cost.walks(tlb) / entered]
-    return BarsView(labels, values, "cycles per entry", title="Where the hypervisor lives, and what that costs")
+    unit = "cycles each time the hypervisor is entered"
+    return BarsView(labels, values, unit, title="Where the hypervisor lives, and what that costs")
 
 
 __all__ = ["TlbSlot", "TlbView", "space_bars"]
