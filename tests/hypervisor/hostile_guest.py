@@ -250,7 +250,8 @@ def machine(portable: bool = False, most_uses: int | None = None, **options: Any
     """A machine with room for a few domains, on either CPU."""
     xen = Hypervisor(Machine(memory_mib=16, portable=portable), trace=Trace(), **options)
     if most_uses is not None:
-        xen.page_types._most = most_uses  # type: ignore[attr-defined]
+        # The part is made with the frame table, which is made with the machine: so it is made anew, on the same table.
+        xen.page_types.__init__(xen.frames, most_uses)  # type: ignore[misc]
         assert isinstance(xen.page_types, FrameTypes)
     return xen
 

@@ -85,16 +85,24 @@ def as_stored(level: str, entry: int) -> int:
     return entry & ~_TAKEN_OFF_L3 if level == "l3" and entry & PRESENT else entry
 
 
-def split_leaves(mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Frame numbers and write permissions of the present entries of an l1 table, in order."""
-    present = entries[(entries & PRESENT) != 0]
-    mfns = (present & mode.frame_mask) >> PAGE_SHIFT
-    return mfns.astype("int64"), (present & RW) != 0
+def split_leaves(mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Frame numbers of the present entries of an l1 table, and of those that can write, in order."""
+    import numpy as np
+
+    # What all entries have in common spares picking some out.
+    common = int(np.bitwise_and.reduce(entries, initial=~entries.dtype.type(0)))
+    present = entries if common & PRESENT else entries[(entries & PRESENT) != 0]
+    mfns = ((present & mode.frame_mask) >> PAGE_SHIFT).astype(np.int64)
+    return mfns, mfns if common & PRESENT and common & RW else mfns[(present & RW) != 0]
 
 
 def flags_are_ordinary(mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> bool:
     """Whether no present entry of an l1 table has a flag that `judge_entry` refuses."""
+    import numpy as np
+
     refused = _REFUSED if mode is PAE else _REFUSED & 0xFFF
+    if not int(np.bitwise_or.reduce(entries, initial=entries.dtype.type(0))) & refused:
+        return True
     suspicious = entries[(entries & refused) != 0]
     return not (suspicious & PRESENT).any()
 

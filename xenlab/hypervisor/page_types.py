@@ -43,6 +43,7 @@ UNTYPED, UNUSED = 1, 2
 # As many uses as the count of Xen on 32-bit x86 could hold.
 MOST_USES = (1 << 26) - 1
 _WRITE, _NONE = int(Use.WRITE), int(FrameType.NONE)
+_ENTRIES = 1024  # of a table, at most
 
 
 class PageTypes(Protocol):
@@ -82,7 +83,10 @@ class FrameTypes:
         self._types = np.frombuffer(frames.type, np.uint8)
         self._use_counts, self._ref_counts = np.frombuffer(frames.uses, np.int32), np.frombuffer(frames.refs, np.int32)
         self._owners = np.frombuffer(frames.owner, np.int32)
-        self._last_place = np.zeros(frames.count, np.int32)
+        self._last_place, self._places = np.zeros(frames.count, np.int32), np.arange(_ENTRIES, dtype=np.int32)
+        self._may_be_written = np.array([kind in (_NONE, _WRITE) for kind in FrameType])
+        # Each reference is an entry of some table, so a small machine has too few frames for so many.
+        self._may_overflow = frames.count * _ENTRIES >= most_uses
 
     def entry(self, level: str, flags: int, domid: int, owner: int) -> int:
         return judge_entry(level, flags, domid, owner)
@@ -120,16 +124,16 @@ class FrameTypes:
         """
         if not flags_are_ordinary(mode, entries):
             return False
-        mfns, writable = split_leaves(mode, entries)
+        mfns, written = split_leaves(mode, entries)
         if not len(mfns):
             return True
-        if mfns.max() >= len(self._owners) or (self._owners.take(mfns) != domid).any():
+        try:
+            owners = self._owners.take(mfns)
+        except IndexError:  # a frame that the machine does not have
             return False
-        written = mfns[writable]
-        types = self._types.take(written)
-        if ((types != _WRITE) & (types != _NONE)).any():
+        if (owners != domid).any() or not self._may_be_written.take(self._types.take(written)).all():
             return False
-        if self._ref_counts.take(mfns).max() + len(mfns) > self._most:
+        if self._may_overflow and self._ref_counts.take(mfns).max() + len(mfns) > self._most:
             return False
         self._types[written] = _WRITE
         self._add(mfns, written, 1)
@@ -137,8 +141,7 @@ class FrameTypes:
 
     def drop_leaves(self, mode: PagingMode, entries: NDArray[np.unsignedinteger]) -> list[int]:
         """Give back what the entries of an l1 table had taken; the frames to which no reference is left."""
-        mfns, writable = split_leaves(mode, entries)
-        written = mfns[writable]
+        mfns, written = split_leaves(mode, entries)
         self._add(mfns, written, -1)
         self._types[written[self._use_counts.take(written) == 0]] = _NONE
         unused: set[int] = set(mfns[self._ref_counts.take(mfns) == 0].tolist())
@@ -148,7 +151,7 @@ class FrameTypes:
         """Change references and uses.  Distinct frames, the usual case, are done ten times as fast as repeated ones."""
         import numpy as np
 
-        places = np.arange(len(mfns), dtype=np.int32)
+        places = self._places[: len(mfns)]
         self._last_place[mfns] = places
         if (self._last_place.take(mfns) == places).all():
             self._ref_counts[mfns] += step
