@@ -48,6 +48,10 @@ class PartError(XenlabError):
     """A part in one of the hypervisor's slots answered what no part may, or raised; says which, when, and what."""
 
 
+class ScheduleError(XenlabError):
+    """Scheduling parameters that a scheduler does not have or cannot follow, or a vCPU that it does not know."""
+
+
 class InvariantError(XenlabError):
     """The auditor found something that must never be.
 

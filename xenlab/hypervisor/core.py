@@ -93,7 +93,7 @@ class Hypervisor:
         self.machine = machine or Machine()
         self.memory = self.machine.memory
         self.cpu = self.machine.cpu
-        self.scheduler = scheduler or RoundRobin()
+        self.scheduler: Scheduler = scheduler or RoundRobin()
         self.emulator = emulator or PrivilegedInstructions()
         self.trace = trace
         self.domains: dict[int, Domain] = {}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Shutdown
 from xenlab.errors import HypercallError, ImageError, MachineError
+from xenlab.hypervisor import scheduling
 from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
 from xenlab.hypervisor.page_tables import root_use
@@ -85,6 +86,7 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
     xen.frames.flags[root] |= PINNED
     domain.vcpus.append(vcpu)
     xen.vcpus[vcpu.key] = vcpu
+    scheduling.introduce(xen, vcpu)
     xen.record(Kind.DOMAIN, domain.domid, "created")
     xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
 
@@ -101,6 +103,7 @@ def destroy(xen: Hypervisor, domain: Domain) -> None:
     xen.allowance.unlimited()
     for vcpu in domain.vcpus:
         _drop_tables(xen, vcpu)
+        scheduling.forget(xen, vcpu)
         del xen.vcpus[vcpu.key]
         if xen.current is vcpu:
             xen.current = None

@@ -20,6 +20,7 @@ def snapshot(xen: Hypervisor) -> dict[str, Any]:
         "time": xen.now,
         "current": xen.current.key if xen.current else None,
         "slice": (xen.slice_end, xen.pick_needed),
+        "scheduler": xen.scheduler,
         "parts": {name: save_part(part) for name, part in _parts(xen)},
         "frames": xen.frames.state(),
         "tables": xen.page_tables.state(),
@@ -42,6 +43,7 @@ def restore(xen: Hypervisor, saved: dict[str, Any]) -> None:
         domain.restore(saved["states"][domid])
     xen.current = None if saved["current"] is None else xen.vcpus[saved["current"]]
     xen.slice_end, xen.pick_needed = saved["slice"]
+    xen.scheduler = saved["scheduler"]  # the tools may have put in another one since
     for name, part in _parts(xen):
         load_part(part, saved["parts"][name])
     xen.frames.load(saved["frames"])

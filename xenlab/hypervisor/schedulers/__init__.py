@@ -3,12 +3,17 @@
 A scheduler knows vCPUs as numbers and time as instructions; it never sees a domain.  So one
 that a student wrote runs in the same slot as ours, and its decisions can be recorded as
 plain data and replayed.
+
+One that can be adjusted while domains run has the four methods of `Tunable` besides.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
+from xenlab.hypervisor.schedulers.bvt import Bvt
+from xenlab.hypervisor.schedulers.credit import Credit
 from xenlab.hypervisor.schedulers.round_robin import RoundRobin
 
 
@@ -39,4 +44,25 @@ class Scheduler(Protocol):
         ...
 
 
-__all__ = ["RoundRobin", "Scheduler"]
+@runtime_checkable
+class Tunable(Protocol):
+    """A scheduler with parameters: whole numbers by name, for each vCPU."""
+
+    def add(self, vcpu: int) -> None:
+        """``vcpu`` exists and sleeps; its parameters can be set."""
+        ...
+
+    def remove(self, vcpu: int) -> None:
+        """``vcpu``, which sleeps, exists no more; another one may get its number."""
+        ...
+
+    def parameters(self, vcpu: int) -> dict[str, int]:
+        """All parameters of ``vcpu``; a ScheduleError if it is unknown."""
+        ...
+
+    def set_parameters(self, vcpu: int, now: int, values: Mapping[str, int]) -> None:
+        """Set those in ``values``; if one cannot be, a ScheduleError and none is."""
+        ...
+
+
+__all__ = ["Bvt", "Credit", "RoundRobin", "Scheduler", "Tunable"]
