@@ -42,7 +42,7 @@ def known(scheduler: object, vcpus: Mapping[int, Any], vcpu: int) -> Any:
     """What ``vcpus`` holds for ``vcpu``.
 
     Raises:
-        ScheduleError: nothing.
+        ScheduleError: there is no such vCPU; the message lists those that there are.
     """
     if vcpu not in vcpus:
         raise ScheduleError(f"{type(scheduler).__name__}: expected one of vCPUs {sorted(vcpus)}, found {vcpu!r:.80}")
