@@ -386,6 +386,15 @@ def test_nobody_keeps_more_than_a_period_of_credit_or_debt() -> None:
             assert account["credit"] <= period or vcpu in world.runnable
 
 
+def test_one_that_falls_asleep_keeps_a_period_of_credit() -> None:
+    # The heavy one waits for its first turn behind twenty others, and earns nearly all there is.
+    world = with_weights(credit, [1] * 20 + [60_000]).run(6 * SLICE)
+    period = SLICE << 20
+    assert world.scheduler.state()["vcpus"][20]["credit"] > 4 * period
+    world.sleep(20)
+    assert world.scheduler.state()["vcpus"][20]["credit"] == period
+
+
 def test_a_new_weight_leaves_no_part_of_the_old_one() -> None:
     scheduler = with_weights(bvt, [65_535]).run(778).scheduler
     assert isinstance(scheduler, Bvt)
