@@ -366,6 +366,44 @@ def test_yields_save_nothing_up() -> None:
     assert ahead * 256 <= 2 * ALLOWANCE << 20
 
 
+def test_weights_count_beside_sleepers_who_do_not_use_their_credit() -> None:
+    """What a sleeper cannot keep goes to the others, or they would all sink into debt, where weights do not count."""
+    scheduler = credit()
+    for vcpu, weight in ((0, 1000), (1, 100), (2, 300)):
+        scheduler.add(vcpu)
+        scheduler.set_parameters(vcpu, 0, {"weight": weight})
+    world = World(scheduler, {0: Sleeper(700, 10)}).wake(0, 1, 2).run(2000 * SLICE)
+    assert world.ran[2] == pytest.approx(3 * world.ran[1], rel=0.04)
+
+
+def test_nobody_keeps_more_than_a_period_of_credit_or_debt() -> None:
+    world = World(credit(), {vcpu: Sleeper(3 * SLICE // 7, 2) for vcpu in range(1, 9)}).wake(*range(9))
+    period = SLICE << 20
+    for _ in range(100):
+        world.run(SLICE)
+        for vcpu, account in world.scheduler.state()["vcpus"].items():
+            assert account["credit"] >= -2 * period  # one that was kept, and a turn
+            assert account["credit"] <= period or vcpu in world.runnable
+
+
+def test_one_that_falls_asleep_keeps_a_period_of_credit() -> None:
+    # The heavy one waits for its first turn behind twenty others, and earns nearly all there is.
+    world = with_weights(credit, [1] * 20 + [60_000]).run(6 * SLICE)
+    period = SLICE << 20
+    assert world.scheduler.state()["vcpus"][20]["credit"] > 4 * period
+    world.sleep(20)
+    assert world.scheduler.state()["vcpus"][20]["credit"] == period
+
+
+def test_a_new_weight_leaves_no_part_of_the_old_one() -> None:
+    scheduler = with_weights(bvt, [65_535]).run(778).scheduler
+    assert isinstance(scheduler, Bvt)
+    scheduler.pick(778)
+    assert scheduler.state()["vcpus"][0]["rest"] > 0
+    scheduler.set_parameters(0, 778, {"weight": 3})
+    assert scheduler.state()["vcpus"][0]["rest"] == 0
+
+
 @BOTH
 def test_a_yield_lets_the_next_one_go_first(make: Make) -> None:
     scheduler = make()

@@ -12,7 +12,8 @@ The invariant: what is handed out in a period is exactly the period, and whoever
 What breaks without it: if less is handed out all sink into debt, and weights no longer count; without the bound one
 that slept for an hour could run for an hour.
 
-Only those earn that are runnable or ran in the period.  To hand out takes time in proportion to the number of vCPUs,
+Only those earn that were runnable in the period, and of them those that slept for a part of it only while they are in
+debt: what they would not use goes to the others.  To hand out takes time in proportion to the number of vCPUs,
 once a period; to pick does not.  Xen's caps, by which a domain may be kept from an idle CPU, do not fit our interface:
 it wants somebody to run whenever somebody can.
 """
@@ -45,6 +46,7 @@ class _Account:
         runnable: whether it wants to run.
         boosted: whether it woke up and had no turn since.
         earns: whether it was runnable since credit was last handed out.
+        slept: whether it was not, for some of that time.
     """
 
     weight: int = DEFAULT_WEIGHT
@@ -52,15 +54,17 @@ class _Account:
     runnable: bool = False
     boosted: bool = False
     earns: bool = False
+    slept: bool = False
 
     @property
     def priority(self) -> int:
         """The lowest goes first."""
         return _BOOST if self.boosted else _UNDER if self.credit >= 0 else _OVER
 
-    def earns_up_to(self, period: int) -> bool:
-        """Whether it gets a part of what is handed out; a sleeper only until it has a period's worth."""
-        return self.earns and (self.runnable or self.credit < period)
+    @property
+    def gets_a_part(self) -> bool:
+        """Whether it is given some of what is handed out; one that slept only if it is in debt."""
+        return self.earns and (not self.slept or self.credit < 0)
 
 
 class Credit:
@@ -113,7 +117,7 @@ class Credit:
             self._running = None
         else:
             self._queues[account.priority].remove(vcpu)
-        account.runnable = account.boosted = False
+        account.runnable, account.boosted, account.slept = False, False, True
         account.credit = min(account.credit, self._slice * _PARTS)
         self._news = True
 
@@ -161,7 +165,7 @@ class Credit:
 
     def _hand_out(self) -> None:
         period = self._slice * _PARTS
-        earners = [account for _vcpu, account in sorted(self._vcpus.items()) if account.earns_up_to(period)]
+        earners = [account for _vcpu, account in sorted(self._vcpus.items()) if account.gets_a_part]
         total = sum(account.weight for account in earners)
         weights = given = 0
         for account in earners:
@@ -169,7 +173,8 @@ class Credit:
             # What was given so far is rounded, not each part: the parts add up to the period.
             share, given = period * weights // total - given, period * weights // total
             account.credit = max(-period, account.credit + share)
-            account.earns = account.runnable
+        for account in self._vcpus.values():
+            account.earns, account.slept = account.runnable, not account.runnable
         self._sort()
 
     def _sort(self) -> None:
