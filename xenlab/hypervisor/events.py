@@ -78,7 +78,9 @@ class EventChannels:
 
     def upcall(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` enter its callback if it has events pending and takes them; ended if it cannot be entered."""
-        if not self.due(vcpu) or vcpu.opened_at == self._xen.now:
+        if not self.due(vcpu) or vcpu.event_callback is None:
+            return
+        if vcpu.opened_at == self._xen.now:
             return  # the store that a page table was opened for comes first, and the next trap after it
         try:
             done = self._traps.deliver(vcpu, EVENT, SOFTWARE, 0)
