@@ -12,6 +12,7 @@ RECEIVER = """
         .endm
 start:  mov byte ptr [shared_info + 1], 1
         mov esp, offset stack
+        mov ebp, esi
         mov edx, FLAT_RING1_CS
         mov esi, offset callback
         mov ebx, FLAT_RING1_CS
@@ -91,6 +92,20 @@ again:  mov ebx, EVTCHNOP_send
         jmp again
         .align 4
 port:   .long 1
+"""
+
+
+# Has an upcall pending when it stores to its first l1 table, which is opened for that one instruction.
+STORES_TO_A_TABLE = """
+        call_xen __HYPERVISOR_vm_assist, VMASST_CMD_enable, VMASST_TYPE_writable_pagetables
+        mov edx, [ebp + 60]
+        add edx, {tables_before}
+        mov eax, [edx]
+        or eax, 0x200
+        mov byte ptr [shared_info + 1], 0
+        mov byte ptr [shared_info], 1
+        mov [edx], eax
+stored: call_xen __HYPERVISOR_xen_version
 """
 
 

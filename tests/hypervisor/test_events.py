@@ -9,7 +9,7 @@ from itertools import combinations_with_replacement, product
 from typing import Any
 
 import pytest
-from event_guests import MASKS, SENDER, receiver
+from event_guests import MASKS, SENDER, STORES_TO_A_TABLE, receiver
 
 from xenlab import Hypervisor, Machine, boot
 from xenlab.abi.numbers import (
@@ -726,6 +726,17 @@ class TestGuests:
         guest.xen.run(200)
         assert not guest.domain.ended
         assert (guest.upcalls, bits(guest.xen, guest.domain)[3]) == ([], 1)
+
+    def test_a_store_to_a_page_table_is_not_interrupted(self, mode: PagingMode, portable: bool) -> None:
+        tables = len(mode.levels) - 1
+        guest = running(receiver(STORES_TO_A_TABLE.format(tables_before=4096 * tables)), mode, portable)
+        assert guest.xen.run(1000).stop is Stop.IDLE
+        assert not guest.domain.ended, guest.domain.report
+        assert guest.xen.trace is not None
+        (store,) = guest.xen.trace.events(Kind.TABLE_WRITE)
+        assert (len(store.changes), store.kept) == (1, True)
+        (event,) = guest.upcalls
+        assert event.words[0] > guest.domain.symbols["stored"]
 
     @pytest.mark.parametrize("length", [1, 7, 100])
     def test_a_storm_leaves_the_receiver_its_turns(self, length: int, mode: PagingMode, portable: bool) -> None:

@@ -12,7 +12,8 @@ Three rules hold this file together:
 The life of a trap: `Cpu` saves the context and calls `trap`.  A hypercall goes to the table; a
 privileged instruction to the emulator; any other exception to `TrapDelivery`, which builds
 the frame that the guest's handler expects.  If the trap changed who may run, the scheduler
-is asked and another vCPU's context is loaded before `Cpu` returns into guest code.
+is asked and another vCPU's context is loaded before `Cpu` returns into guest code.  Last, a vCPU with
+events pending is made to enter its callback (`events`).
 """
 
 from __future__ import annotations
