@@ -126,6 +126,11 @@ def expectations() -> dict[str, int]:
     expected |= {name: getattr(numbers, name) for name in ("DOMID_SELF", "DOMID_IO", "DOMID_XEN")}
     expected |= {f"SCHEDOP_{command.name.lower()}": command for command in numbers.SchedOp}
     expected |= {f"SHUTDOWN_{reason.name.lower()}": reason for reason in numbers.Shutdown}
+    expected |= {f"EVTCHNOP_{command.name.lower()}": command for command in numbers.EvtchnOp}
+    expected |= {f"EVTCHNSTAT_{status.name.lower()}": status for status in numbers.EvtchnStatus}
+    expected |= {f"VIRQ_{virq.name}": virq for virq in numbers.Virq}
+    expected |= {f"CALLBACKOP_{command.name.lower()}": command for command in numbers.CallbackOp}
+    expected |= {f"CALLBACKTYPE_{kind.name.lower()}": kind for kind in numbers.CallbackType}
     expected |= {f"CONSOLEIO_{command.name.lower()}": command for command in numbers.ConsoleIo}
     expected |= {f"XENVER_{command.name.lower()}": command for command in numbers.XenVersion}
     expected |= {"SIF_PRIVILEGED": numbers.StartFlags.PRIVILEGED, "SIF_INITDOMAIN": numbers.StartFlags.INITDOMAIN}
@@ -144,6 +149,17 @@ def expectations() -> dict[str, int]:
         "MMU_PT_UPDATE_NO_TRANSLATE": numbers.MmuUpdate.NO_TRANSLATE,
         "VMASST_TYPE_writable_pagetables": numbers.VmAssistType.WRITABLE_PAGETABLES,
         "VMASST_TYPE_pae_extended_cr3": numbers.VmAssistType.PAE_EXTENDED_CR3,
+        "NR_VIRQS": numbers.VIRQS,
+        "sizeof(struct evtchn_alloc_unbound)": 8,
+        "sizeof(struct evtchn_bind_interdomain)": 12,
+        "sizeof(struct evtchn_bind_virq)": 12,
+        "sizeof(struct evtchn_bind_ipi)": 8,
+        "sizeof(struct evtchn_bind_vcpu)": 8,
+        "sizeof(struct evtchn_status)": 24,
+        "__builtin_offsetof(struct evtchn_status, u.interdomain.port)": 20,
+        "sizeof(struct callback_register)": 12,
+        "sizeof(struct sched_poll)": 16,
+        "EVTCHN_2L_NR_CHANNELS": 1024,
         "sizeof(struct mmu_update)": 16,
         "sizeof(struct mmuext_op)": 12,
         "sizeof(struct xen_memory_reservation)": 20,
@@ -163,6 +179,7 @@ def test_equal_to_xens_headers(tmp_path: Path) -> None:
     lines += ["typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;"]
     lines += ["typedef unsigned int size_t; typedef int ssize_t; typedef unsigned long uintptr_t;"]
     headers = ("xen.h", "sched.h", "version.h", "errno.h", "elfnote.h", "features.h", "io/console.h", "memory.h")
+    headers += ("event_channel.h", "callback.h")
     lines += [f"#include <xen/{header}>" for header in headers]
     lines += [f'_Static_assert(({what}) == {int(value)}, "{what}");' for what, value in expectations().items()]
     source = tmp_path / "abi.c"

@@ -36,6 +36,9 @@ SERVED = {
     Hypercall.update_descriptor,
     Hypercall.memory_op,
     Hypercall.vm_assist,
+    Hypercall.set_callbacks,
+    Hypercall.callback_op,
+    Hypercall.event_channel_op,
 }
 # Batches are done up to the first that is refused; a wild set of vCPUs to flush is found when the entry is changed.
 DONE_IN_PART = {
@@ -287,7 +290,7 @@ class TestVersion:
 
 
 class TestSchedOp:
-    @pytest.mark.parametrize("command", [3, 4, 5, 6, 7, 99, 0xFFFF_FFFF])
+    @pytest.mark.parametrize("command", [4, 5, 6, 7, 99, 0xFFFF_FFFF])
     def test_unknown_commands(self, command: int, bench: Bench) -> None:
         assert bench.call(Hypercall.sched_op, command, SCRATCH) == -Errno.ENOSYS
         assert bench.vcpu.run_state is RunState.RUNNABLE

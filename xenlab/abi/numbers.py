@@ -70,6 +70,7 @@ class SchedOp(IntEnum):
     YIELD = 0
     BLOCK = 1
     SHUTDOWN = 2
+    POLL = 3
 
 
 class Shutdown(IntEnum):
@@ -81,6 +82,57 @@ class Shutdown(IntEnum):
     CRASH = 3
     WATCHDOG = 4
     SOFT_RESET = 5
+
+
+class EvtchnOp(IntEnum):
+    """Commands of ``event_channel_op`` (event_channel.h)."""
+
+    BIND_INTERDOMAIN = 0
+    BIND_VIRQ = 1
+    CLOSE = 3
+    SEND = 4
+    STATUS = 5
+    ALLOC_UNBOUND = 6
+    BIND_IPI = 7
+    BIND_VCPU = 8
+    UNMASK = 9
+
+
+class EvtchnStatus(IntEnum):
+    """What a port is (event_channel.h)."""
+
+    CLOSED = 0
+    UNBOUND = 1
+    INTERDOMAIN = 2
+    VIRQ = 4
+    IPI = 5
+
+
+class Virq(IntEnum):
+    """Virtual interrupts: what the hypervisor itself has to tell (xen.h)."""
+
+    TIMER = 0
+    DEBUG = 1
+    DOM_EXC = 3
+    XENOPROF = 7
+    XENPMU = 13
+
+
+VIRQS = 24
+
+
+class CallbackOp(IntEnum):
+    """Commands of ``callback_op`` (callback.h)."""
+
+    REGISTER = 0
+    UNREGISTER = 1
+
+
+class CallbackType(IntEnum):
+    """What a callback is for (callback.h)."""
+
+    EVENT = 0
+    FAILSAFE = 1
 
 
 class ConsoleIo(IntEnum):

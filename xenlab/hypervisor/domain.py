@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from xenlab.abi.numbers import Shutdown
+from xenlab.abi.numbers import EvtchnStatus, Shutdown
 from xenlab.hypervisor.layout import flat_segments, segments_end
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import PagingMode
@@ -54,6 +54,25 @@ class Gate:
     masks_events: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One end of an event channel.
+
+    Attributes:
+        status: what it is.
+        vcpu: number of the vCPU that its events go to.
+        remote: the domain at the other end, or the one that may bind to it.
+        remote_port: the other end's port, 0 while it is unbound.
+        virq: the virtual interrupt that it stands for, -1 for none.
+    """
+
+    status: EvtchnStatus
+    vcpu: int = 0
+    remote: int = 0
+    remote_port: int = 0
+    virq: int = -1
+
+
 @dataclass(slots=True, eq=False)
 class Vcpu:
     """A virtual CPU.
@@ -63,6 +82,8 @@ class Vcpu:
         domain: whose it is.
         state: registers while it is not running.
         traps: the virtual trap table; None where no handler is registered.
+        event_callback: where it takes events, None before it has said so.
+        polling: the port that it sleeps for (`events.poll`), -1 for any, 0 for none.
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
         run_state: see `RunState`.
@@ -82,6 +103,8 @@ class Vcpu:
     domain: Domain
     state: CpuState
     traps: list[Gate | None] = field(default_factory=lambda: [None] * VECTORS)
+    event_callback: Gate | None = None
+    polling: int = 0
     kernel_ss: int = 0
     kernel_esp: int = 0
     control: dict[str, int] = field(default_factory=lambda: INITIAL_CONTROL | INITIAL_DEBUG)
@@ -119,6 +142,7 @@ class Vcpu:
         return {
             "registers": self.state.save(),
             "traps": tuple(self.traps),
+            "events": (self.event_callback, self.polling),
             "kernel_stack": (self.kernel_ss, self.kernel_esp),
             "control": dict(self.control),
             "run_state": (self.run_state, self.paused_from),
@@ -131,6 +155,7 @@ class Vcpu:
         """Take over what `snapshot` gave."""
         self.state.restore(saved["registers"])
         self.traps = list(saved["traps"])
+        self.event_callback, self.polling = saved["events"]
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
         self.run_state, self.paused_from = saved["run_state"]
@@ -157,6 +182,7 @@ class Domain:
         writable_tables: whether its stores to page tables are carried out (`writable_tables`).
         privileged: whether it may use the control interface.
         vcpus: its virtual CPUs.
+        ports: its event channels that are in use, by port.
         console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
         console_lost: how many bytes it wrote before those.
         console_in: what was typed and not yet read.
@@ -180,6 +206,7 @@ class Domain:
     writable_tables: bool = False
     privileged: bool = False
     vcpus: list[Vcpu] = field(default_factory=list)
+    ports: dict[int, Port] = field(default_factory=dict)
     console_out: bytearray = field(default_factory=bytearray)
     console_lost: int = 0
     console_in: bytearray = field(default_factory=bytearray)
@@ -216,6 +243,7 @@ class Domain:
         """Everything but the memory, as plain data."""
         return {
             "memory": (self.pages, self.most_pages, self.least_pages, self.writable_tables),
+            "ports": dict(self.ports),
             "console": (bytes(self.console_out), bytes(self.console_in), self.console_lost),
             "end": (self.shutdown, self.report),
             "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
@@ -224,6 +252,7 @@ class Domain:
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `snapshot` gave."""
         self.pages, self.most_pages, self.least_pages, self.writable_tables = saved["memory"]
+        self.ports = dict(saved["ports"])
         out, typed, self.console_lost = saved["console"]
         self.console_out, self.console_in = bytearray(out), bytearray(typed)
         self.shutdown, self.report = saved["end"]

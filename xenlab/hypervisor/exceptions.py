@@ -90,7 +90,7 @@ class Exceptions:
     def _refused_store(self, vcpu: Vcpu, error: int, address: int) -> None:
         """A store to a page table was not allowed after all: the guest gets its page fault."""
         self._deliver(vcpu, PAGE_FAULT, error, address)
-        if self._xen.pick_needed:
+        while self._xen.pick_needed:
             self._xen.switch()
 
     def _emulate(self, vcpu: Vcpu) -> bool:

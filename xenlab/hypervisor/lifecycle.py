@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xenlab.abi.numbers import Shutdown
+from xenlab.abi.numbers import Shutdown, Virq
 from xenlab.errors import HypercallError, ImageError, MachineError
 from xenlab.hypervisor import scheduling
 from xenlab.hypervisor.domain import Domain, Vcpu
@@ -107,10 +107,12 @@ def destroy(xen: Hypervisor, domain: Domain) -> None:
         del xen.vcpus[vcpu.key]
         if xen.current is vcpu:
             xen.current = None
+    xen.events.close_all(domain)
     xen.reservations.reclaim(domain)
     xen.frames.release(domain.own_tables)
     del xen.domains[domain.domid]
     xen.record(Kind.DOMAIN, domain.domid, "destroyed")
+    xen.events.raise_virq(Virq.DOM_EXC)
 
 
 def _drop_tables(xen: Hypervisor, vcpu: Vcpu) -> None:

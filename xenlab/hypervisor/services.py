@@ -152,12 +152,13 @@ class Services:
         return 0
 
     def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Yield the CPU, block until something happens, or end the domain."""
+        """Yield the CPU, sleep until something happens, or end the domain."""
         if command == SchedOp.YIELD:
             self._xen.reschedule()
         elif command == SchedOp.BLOCK:
-            self._xen.traps.set_event_mask(vcpu, 0)
-            self._xen.block(vcpu)
+            self._xen.events.block(vcpu)
+        elif command == SchedOp.POLL:
+            self._xen.events.poll(vcpu, address)
         elif command == SchedOp.SHUTDOWN:
             reason = self._guest.read_word(vcpu, address) & 0xFF
             if reason > max(Shutdown):

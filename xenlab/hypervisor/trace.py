@@ -40,6 +40,7 @@ class Kind(IntEnum):
     TABLE_WRITE = 12  # frame of the l1 table, changes as a tuple of (index, old, new), whether they were kept
     REFUSED = 13  # frame of the table, index, entry, errno
     MEMORY = 14  # how many pages a domain has, may have, should have: which of these, and the number
+    UPCALL = 15  # from ring, to ring, callback's eip, frame address, frame words
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -58,6 +59,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.TABLE_WRITE: ("table", "changes", "kept"),
     Kind.REFUSED: ("table", "index", "entry", "errno"),
     Kind.MEMORY: ("what", "pages"),
+    Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
 }
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import code_segment, stack_segment, usable_in
-from xenlab.hypervisor.domain import Gate, Vcpu
+from xenlab.hypervisor.domain import VECTORS, Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
@@ -31,6 +31,8 @@ from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
 from xenlab.machine.vectors import vector_name
 
 KERNEL_RING, USER_RING = 1, 3
+# In place of a vector: the event callback, which is entered as a handler is.
+EVENT = VECTORS
 _SAVED_MASK_SHIFT = 16
 # INT n without prefixes, which do nothing: where they begin cannot be seen from behind.
 _INTERRUPT_BYTES = 2
@@ -63,19 +65,19 @@ class TrapDelivery:
         Raises:
             Undeliverable: when there is no handler, or its stack or code segment is unusable.
         """
-        gate = vcpu.traps[vector]
+        gate = vcpu.traps[vector] if vector < EVENT else vcpu.event_callback
         if gate is None:
             where = f" at address {address:#010x}" if vector == PAGE_FAULT and error != SOFTWARE else ""
-            raise Undeliverable(f"exception {vector} ({vector_name(vector)}){where} and no handler registered for it")
+            raise Undeliverable(f"{_named(vector)}{where} and no handler registered for it")
         # The flat segments stand in a page that no guest can change: they need no looking up.
         code = vcpu.flat_code.get(gate.cs) or code_segment(self._memory, vcpu, gate.cs)
         if code is None:
-            raise Undeliverable(f"the handler for exception {vector} has the unusable code selector {gate.cs:#x}")
+            raise Undeliverable(f"the handler for {_named(vector)} has the unusable code selector {gate.cs:#x}")
         state = vcpu.state
         esp, eip, flags, ring, cs, ss = state.interrupted()
         if flags & VM:
             # The emulated CPU lets any ring enter this mode by IRET; on an x86 only ring 0 can.
-            raise Undeliverable(f"exception {vector} in virtual-8086 mode, which no guest may enter")
+            raise Undeliverable(f"{_named(vector)} in virtual-8086 mode, which no guest may enter")
         to_ring, stack = gate.cs & 3, None
         if self._bytes[vcpu.info + _UPCALL_MASK] & 1:
             cs, saved_flags = cs | 1 << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS
@@ -104,7 +106,7 @@ class TrapDelivery:
         try:
             self._guest.write_words(vcpu, base + frame & 0xFFFF_FFFF, words)
         except HypercallError:
-            raise Undeliverable(f"the exception frame at {frame:#010x} is not on writable memory") from None
+            raise Undeliverable(f"the frame for {_named(vector)} at {frame:#010x} is not on writable memory") from None
         state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY, frame, stack)
         if gate.masks_events:
             self.set_event_mask(vcpu, 1)
@@ -171,6 +173,10 @@ class TrapDelivery:
     def set_event_mask(self, vcpu: Vcpu, mask: int) -> None:
         """Set ``evtchn_upcall_mask``: 1 while the vCPU does not want events."""
         self._bytes[vcpu.info + _UPCALL_MASK] = mask
+
+
+def _named(vector: int) -> str:
+    return "an event" if vector == EVENT else f"exception {vector} ({vector_name(vector)})"
 
 
 def checked_selector(selector: int) -> int:

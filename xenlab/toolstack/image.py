@@ -90,6 +90,11 @@ def abi_symbols() -> dict[str, int]:
     names: dict[str, int] = {f"__HYPERVISOR_{call.name}": call.value for call in numbers.Hypercall}
     names |= {f"SCHEDOP_{command.name.lower()}": command.value for command in numbers.SchedOp}
     names |= {f"SHUTDOWN_{reason.name.lower()}": reason.value for reason in numbers.Shutdown}
+    names |= {f"EVTCHNOP_{command.name.lower()}": command.value for command in numbers.EvtchnOp}
+    names |= {f"EVTCHNSTAT_{status.name.lower()}": status.value for status in numbers.EvtchnStatus}
+    names |= {f"VIRQ_{virq.name}": virq.value for virq in numbers.Virq}
+    names |= {f"CALLBACKOP_{command.name.lower()}": command.value for command in numbers.CallbackOp}
+    names |= {f"CALLBACKTYPE_{kind.name.lower()}": kind.value for kind in numbers.CallbackType}
     names |= {f"CONSOLEIO_{command.name.lower()}": command.value for command in numbers.ConsoleIo}
     names |= {f"XENVER_{command.name.lower()}": command.value for command in numbers.XenVersion}
     names |= {f"MMUEXT_{command.name}": command.value for command in numbers.MmuextOp}

@@ -226,6 +226,8 @@ def describe(xen: Hypervisor, step: Step) -> str:
             return f"{vector_name(values['vector'])} in ring {values['ring']} at {_place(xen, event, values['eip'])}"
         case Kind.DELIVER:
             return f"frame for {short_vector(values['vector'])}, on to {_place(xen, event, values['handler'])}"
+        case Kind.UPCALL:
+            return f"upcall for an event, on to {_place(xen, event, values['handler'])}"
         case Kind.EMULATE:
             changes = ", ".join(f"{name}={value:#x}" for name, value in values["changes"] if name != "eip")
             return f"emulated: {changes or 'no register but EIP changed'}"
@@ -290,4 +292,4 @@ def site(event: Event) -> tuple[int, bool] | None:
         return event.eip, software
     if event.kind in (Kind.EMULATE, Kind.IRET):
         return event.eip, False
-    return (event.handler, False) if event.kind is Kind.DELIVER else None
+    return (event.handler, False) if event.kind in (Kind.DELIVER, Kind.UPCALL) else None

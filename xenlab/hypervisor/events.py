@@ -1,0 +1,371 @@
+"""Event channels: how one domain, or the hypervisor, tells another that something happened (paper 3.1).
+
+The problem: a device tells a kernel by an interrupt that there is work.  In a virtual machine the device may
+be another domain, which can be neither waited for nor trusted.
+
+The idea: an event is one bit.  A domain has up to 1,024 ports.  Two ports of two domains are bound to each other, and a
+send at one sets the other's bit in a page that the receiver shares with the hypervisor.  The
+receiver masks single ports, or all upcalls, by a store to that page, without a hypercall::
+
+    port  ->  bit in evtchn_pending, unless in evtchn_mask  ->  bit of the word in evtchn_pending_sel
+          ->  evtchn_upcall_pending, unless evtchn_upcall_mask  ->  the guest enters its callback
+
+Each arrow is followed only when the bit before it was 0, so a thousand sends before the receiver looks are one upcall.
+The upcall is built like an exception frame, with the mask set, before guest code goes on: behind every
+trap, when a vCPU gets its turn, and after something from outside.  ``iret`` takes the mask away and is a trap
+too, so what came in between is delivered then.
+
+The invariant: a bit that is set and not masked is followed by an upcall as soon as the guest takes any, and by one
+only.  What breaks without it: a lost event lets a guest sleep for ever; a doubled one is served twice.
+
+Errnos and the order of checks are those of Xen's common/event_channel.c, with one exception: an answer that
+could not be written is refused before anything is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct, iter_unpack
+from typing import TYPE_CHECKING
+
+from xenlab.abi.numbers import (
+    DOMID_SELF,
+    VIRQS,
+    CallbackOp,
+    CallbackType,
+    Errno,
+    EvtchnOp,
+    EvtchnStatus,
+    Hypercall,
+    Virq,
+)
+from xenlab.abi.structures import SharedInfo, VcpuInfo
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.domain import Domain, Gate, Port, Vcpu
+from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
+from xenlab.machine.cpu import SOFTWARE
+from xenlab.machine.memory import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from xenlab.hypervisor.core import Hypervisor
+
+PORTS = 1024
+ANY_PORT = -1
+_PENDING = SharedInfo.evtchn_pending.offset >> 2
+_MASK_BEHIND = SharedInfo.evtchn_mask.offset - SharedInfo.evtchn_pending.offset >> 2
+_UPCALL_MASK, _SELECTOR = VcpuInfo.evtchn_upcall_mask.offset, VcpuInfo.evtchn_pending_sel.offset
+_MOST_POLLED = 128
+_POLL = Struct("<IIQ")
+# The others exist once for the whole machine.
+_OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU))
+_UPCALL = int(Kind.UPCALL)
+# What an operation gives back: the last words of its argument, as they are written to the guest.
+_Answer = tuple[int, ...]
+
+
+class EventChannels:
+    """Ports, their bits, and the upcalls that follow."""
+
+    def __init__(self, xen: Hypervisor) -> None:
+        self._xen, self._guest, self._traps = xen, xen.guest_memory, xen.traps
+        self._bytes, self._words = xen.memory.bytes, xen.memory.words
+        xen.hypercalls.register(Hypercall.event_channel_op, self.event_channel_op)
+        xen.hypercalls.register(Hypercall.set_callbacks, self.set_callbacks)
+        xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
+
+    # The upcall.
+
+    def upcall(self, vcpu: Vcpu) -> None:
+        """Let ``vcpu`` enter its callback if it has events pending and takes them; ended if it cannot be entered."""
+        if not self.due(vcpu) or vcpu.event_callback is None:
+            return
+        if vcpu.opened_at == self._xen.now:
+            return  # the store that a page table was opened for comes first, and the next trap after it
+        try:
+            done = self._traps.deliver(vcpu, EVENT, SOFTWARE, 0)
+        except Undeliverable as reason:
+            self._xen.crash(vcpu, str(reason))
+            return
+        record = self._xen.recorder
+        if record is not None:
+            record((self._xen.now, _UPCALL, vcpu.domid, *done))
+
+    def due(self, vcpu: Vcpu) -> bool:
+        """Whether events are pending for ``vcpu`` and not masked."""
+        return bool(self._bytes[vcpu.info]) and not self._bytes[vcpu.info + _UPCALL_MASK]
+
+    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, *_: int) -> int:
+        """Register the event callback, and one for a return that fails, which is never called here.
+
+        The hypervisor restores no segment register that a guest could have spoilt meanwhile.
+        """
+        vcpu.event_callback = _callback(event_cs, event_eip)
+        return 0
+
+    def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
+        """Register or unregister one callback; those for events and failed returns can only be replaced."""
+        if command not in (CallbackOp.REGISTER, CallbackOp.UNREGISTER):
+            raise HypercallError(Errno.ENOSYS)
+        kind = self._guest.read_word(vcpu, address) & 0xFFFF
+        if kind not in (CallbackType.EVENT, CallbackType.FAILSAFE):
+            raise HypercallError(Errno.ENOSYS)
+        if command == CallbackOp.UNREGISTER:
+            raise HypercallError(Errno.EINVAL)
+        _type, cs, eip = self._guest.read_words(vcpu, address, 3)
+        if kind == CallbackType.EVENT:
+            vcpu.event_callback = _callback(cs, eip)
+        return 0
+
+    # The bits.
+
+    def set_pending(self, domain: Domain, port: int) -> None:
+        """An event for ``domain`` at ``port``, which is in use."""
+        at, bit = self._place(domain, port)
+        if self._words[at] & bit:
+            return
+        self._words[at] |= bit
+        if not self._words[at + _MASK_BEHIND] & bit:
+            self._select(domain, port)
+        for vcpu in domain.vcpus:
+            if vcpu.polling in (ANY_PORT, port):
+                self._wake(vcpu)
+
+    def _place(self, domain: Domain, port: int) -> tuple[int, int]:
+        """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
+        return (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5), 1 << (port & 31)
+
+    def _select(self, domain: Domain, port: int) -> None:
+        vcpu = domain.vcpus[domain.ports[port].vcpu]
+        at, bit = vcpu.info + _SELECTOR >> 2, 1 << (port >> 5)
+        if self._words[at] & bit:
+            return
+        self._words[at] |= bit
+        if not self._bytes[vcpu.info] & 1:
+            self._bytes[vcpu.info] |= 1
+            self._wake(vcpu)
+
+    def _wake(self, vcpu: Vcpu) -> None:
+        vcpu.polling = 0
+        self._xen.wake(vcpu)
+
+    def block(self, vcpu: Vcpu) -> None:
+        """Unmask upcalls and sleep, unless one is due."""
+        self._traps.set_event_mask(vcpu, 0)
+        if not self.due(vcpu):
+            vcpu.polling = 0
+            self._xen.block(vcpu)
+
+    def poll(self, vcpu: Vcpu, address: int) -> None:
+        """Sleep until an event comes at one of the ports of a ``sched_poll``, whether masked or not.
+
+        Raises:
+            HypercallError: ENOSYS for a timeout, since there are no timers.
+        """
+        ports, count, timeout = _POLL.unpack(self._guest.read(vcpu, address, _POLL.size))
+        if count > _MOST_POLLED:
+            raise HypercallError(Errno.EINVAL)
+        if timeout:
+            raise HypercallError(Errno.ENOSYS)
+        polled = [port for (port,) in iter_unpack("<I", self._guest.read(vcpu, ports, 4 * count))]
+        if self.due(vcpu) or any(self._is_pending(vcpu.domain, port) for port in polled):
+            return
+        vcpu.polling = polled[0] if count == 1 else ANY_PORT
+        self._xen.block(vcpu)
+
+    def _is_pending(self, domain: Domain, port: int) -> bool:
+        if _checked(port) not in domain.ports:
+            return False
+        at, bit = self._place(domain, port)
+        return bool(self._words[at] & bit)
+
+    def raise_virq(self, virq: Virq) -> None:
+        """Something that the hypervisor tells the control domain, if that has bound a port to it."""
+        for domain in self._xen.domains.values():
+            port = _virq_port(domain, virq) if domain.privileged else None
+            if port is not None:
+                self.set_pending(domain, port)
+
+    # The ports.
+
+    def event_channel_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
+        """Do one command of event_channel.h, with its argument at ``address``."""
+        if command not in _OPERATIONS:
+            raise HypercallError(Errno.ENOSYS)
+        count, operation = _OPERATIONS[command]
+        words = self._guest.read_words(vcpu, address, count)
+        if command in _WITH_ANSWER:
+            self._guest.check_writable(vcpu, address, 4 * count)
+        answer = operation(self, vcpu, words)
+        if answer:
+            self._guest.write_words(vcpu, address + 4 * (count - len(answer)), answer)
+        return 0
+
+    def _alloc_unbound(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        """A port that the domain in the upper half of the first word may bind to."""
+        domain, remote = self._domain(vcpu, words[0] & 0xFFFF), words[0] >> 16
+        port = _free_port(domain)
+        _check_control(vcpu, domain)
+        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=vcpu.domid if remote == DOMID_SELF else remote)
+        return (port,)
+
+    def _bind_interdomain(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        """Connect a new port with one that the other domain has left unbound for this one."""
+        domain, remote, theirs = vcpu.domain, self._domain(vcpu, words[0] & 0xFFFF), words[1]
+        ours = _free_port(domain)
+        found = remote.ports.get(_checked(theirs))
+        if found is None or found.status != EvtchnStatus.UNBOUND or found.remote != domain.domid:
+            raise HypercallError(Errno.EINVAL)
+        domain.ports[ours] = Port(EvtchnStatus.INTERDOMAIN, remote=remote.domid, remote_port=theirs)
+        remote.ports[theirs] = Port(EvtchnStatus.INTERDOMAIN, found.vcpu, domain.domid, ours)
+        # What the other domain has sent before is not known any more, so something may have been.
+        self.set_pending(domain, ours)
+        return (ours,)
+
+    def _bind_virq(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        virq, number, _port = words
+        if virq >= VIRQS or (virq not in _OF_A_VCPU and number):
+            raise HypercallError(Errno.EINVAL)
+        _check_vcpu(vcpu.domain, number)
+        if _virq_port(vcpu.domain, virq, number) is not None:
+            raise HypercallError(Errno.EEXIST)
+        port = _free_port(vcpu.domain)
+        vcpu.domain.ports[port] = Port(EvtchnStatus.VIRQ, number, virq=virq)
+        return (port,)
+
+    def _bind_ipi(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        _check_vcpu(vcpu.domain, words[0])
+        port = _free_port(vcpu.domain)
+        vcpu.domain.ports[port] = Port(EvtchnStatus.IPI, words[0])
+        return (port,)
+
+    def _close(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        if _checked(words[0]) not in vcpu.domain.ports:
+            raise HypercallError(Errno.EINVAL)
+        self._free(vcpu.domain, words[0])
+        return ()
+
+    def close_all(self, domain: Domain) -> None:
+        """``domain`` is destroyed: the ports at the other ends are unbound again."""
+        for port in list(domain.ports):
+            self._free(domain, port)
+
+    def _free(self, domain: Domain, port: int) -> None:
+        closed = domain.ports.pop(port)
+        if closed.status == EvtchnStatus.INTERDOMAIN:
+            others = self._xen.domains[closed.remote].ports
+            kept = others[closed.remote_port].vcpu
+            others[closed.remote_port] = Port(EvtchnStatus.UNBOUND, kept, remote=domain.domid)
+        at, bit = self._place(domain, port)
+        self._words[at] &= ~bit
+
+    def _send(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        self.send(vcpu.domain, words[0])
+        return ()
+
+    def send(self, domain: Domain, port: int) -> None:
+        """An event from ``domain`` through its ``port``; nobody hears it while that is unbound.
+
+        Raises:
+            HypercallError: EINVAL for a port that cannot send.
+        """
+        found = domain.ports.get(_checked(port))
+        if found is None or found.status == EvtchnStatus.VIRQ:
+            raise HypercallError(Errno.EINVAL)
+        if found.status == EvtchnStatus.INTERDOMAIN:
+            self.set_pending(self._xen.domains[found.remote], found.remote_port)
+        elif found.status == EvtchnStatus.IPI:
+            self.set_pending(domain, port)
+
+    def _status(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        domain = self._domain(vcpu, words[0] & 0xFFFF)
+        found = domain.ports.get(_checked(words[1]), Port(EvtchnStatus.CLOSED))
+        _check_control(vcpu, domain)
+        first, second = words[4:]
+        if found.status in (EvtchnStatus.UNBOUND, EvtchnStatus.INTERDOMAIN):
+            first = first & 0xFFFF_0000 | found.remote
+            second = found.remote_port or second
+        elif found.status == EvtchnStatus.VIRQ:
+            first = found.virq
+        return (found.status, found.vcpu, first, second)
+
+    def _unmask(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        """Clear a port's mask, and let an event that came meanwhile go on from there."""
+        domain, port = vcpu.domain, _checked(words[0])
+        if port in domain.ports:
+            at, bit = self._place(domain, port)
+            was_masked = self._words[at + _MASK_BEHIND] & bit
+            self._words[at + _MASK_BEHIND] &= ~bit
+            if was_masked and self._words[at] & bit:
+                self._select(domain, port)
+        return ()
+
+    def _bind_vcpu(self, vcpu: Vcpu, words: _Answer) -> _Answer:
+        """Choose which vCPU a port's events go to; neither its own timer nor its own signals can be sent elsewhere."""
+        port, number = words
+        _check_vcpu(vcpu.domain, number)
+        found = vcpu.domain.ports.get(_checked(port))
+        fixed = found is None or found.status == EvtchnStatus.IPI or found.virq in _OF_A_VCPU
+        if found is None or fixed:
+            raise HypercallError(Errno.EINVAL)
+        vcpu.domain.ports[port] = Port(found.status, number, found.remote, found.remote_port, found.virq)
+        return ()
+
+    def _domain(self, vcpu: Vcpu, domid: int) -> Domain:
+        found = vcpu.domain if domid == DOMID_SELF else self._xen.domains.get(domid)
+        if found is None:
+            raise HypercallError(Errno.ESRCH)
+        return found
+
+
+def _callback(cs: int, eip: int) -> Gate:
+    return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
+
+
+def _checked(port: int) -> int:
+    if port >= PORTS:
+        raise HypercallError(Errno.EINVAL)
+    return port
+
+
+def _free_port(domain: Domain) -> int:
+    """The lowest port that is not in use; 0 never is."""
+    for port in range(1, PORTS):
+        if port not in domain.ports:
+            return port
+    raise HypercallError(Errno.ENOSPC)
+
+
+def _virq_port(domain: Domain, virq: int, number: int = 0) -> int | None:
+    """Where ``domain`` has bound ``virq``; for those of a vCPU, where that one has."""
+    for port, found in domain.ports.items():
+        if found.virq == virq and (virq not in _OF_A_VCPU or found.vcpu == number):
+            return port
+    return None
+
+
+def _check_vcpu(domain: Domain, number: int) -> None:
+    if number >= len(domain.vcpus):
+        raise HypercallError(Errno.ENOENT)
+
+
+def _check_control(vcpu: Vcpu, domain: Domain) -> None:
+    if domain is not vcpu.domain and not vcpu.domain.privileged:
+        raise HypercallError(Errno.EPERM)
+
+
+_WITH_ANSWER = frozenset(
+    (EvtchnOp.ALLOC_UNBOUND, EvtchnOp.BIND_INTERDOMAIN, EvtchnOp.BIND_VIRQ, EvtchnOp.BIND_IPI, EvtchnOp.STATUS)
+)
+# Each command with the size of its argument in words.
+_OPERATIONS: dict[int, tuple[int, Callable[[EventChannels, Vcpu, _Answer], _Answer]]] = {
+    EvtchnOp.BIND_INTERDOMAIN: (3, EventChannels._bind_interdomain),
+    EvtchnOp.BIND_VIRQ: (3, EventChannels._bind_virq),
+    EvtchnOp.CLOSE: (1, EventChannels._close),
+    EvtchnOp.SEND: (1, EventChannels._send),
+    EvtchnOp.STATUS: (6, EventChannels._status),
+    EvtchnOp.ALLOC_UNBOUND: (2, EventChannels._alloc_unbound),
+    EvtchnOp.BIND_IPI: (2, EventChannels._bind_ipi),
+    EvtchnOp.BIND_VCPU: (2, EventChannels._bind_vcpu),
+    EvtchnOp.UNMASK: (1, EventChannels._unmask),
+}
