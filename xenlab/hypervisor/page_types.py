@@ -50,7 +50,10 @@ class PageTypes(Protocol):
     """The slot for types and counts.  All values are plain numbers; see `Use` for what a frame is used as."""
 
     def entry(self, level: str, flags: int, domid: int, owner: int) -> int:
-        """What a page-table entry makes of its frame, or a negated errno: see `judge_entry`."""
+        """What a page-table entry makes of its frame, or a negated errno: see `judge_entry`.
+
+        Only a refusal counts: what an allowed entry means to the MMU the hypervisor reads for itself.
+        """
         ...
 
     def take(self, mfn: int, use: int) -> int:
