@@ -395,6 +395,7 @@ class Receiver(Bench):
         self.xen.cpu.load(self.vcpu.state)
         self.xen.pick_needed = False
         self.page = self.xen.memory.frame(self.a.shared_info_mfn)
+        self.page[1] = 0
         self.vcpu.state.esp = SCRATCH + 0x800
         self.call(self.a, self.xen.events.set_callbacks, FLAT_RING1_CS, SCRATCH + 0x100)
         self.xen.guest_memory.write_words(self.vcpu, SCRATCH, (1,))
@@ -782,7 +783,8 @@ class TestGuests:
     ) -> None:
         prepare, callback, cs, report = WILD[name]
         text = f"""
-start:  {prepare}
+start:  mov byte ptr [shared_info + 1], 0
+        {prepare}
         mov ebx, {cs}
         mov ecx, {callback}
         mov eax, __HYPERVISOR_set_callbacks
