@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from xenlab.abi.numbers import Shutdown, Virq
 from xenlab.errors import HypercallError, ImageError, MachineError
 from xenlab.hypervisor import scheduling
-from xenlab.hypervisor.accounting import settle
+from xenlab.hypervisor.accounting import change_places, settle
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
 from xenlab.hypervisor.page_tables import root_use
@@ -141,6 +141,7 @@ def destroy(xen: Hypervisor, domain: Domain) -> None:
         scheduling.forget(xen, vcpu)
         del xen.vcpus[vcpu.key]
         if xen.current is vcpu:
+            change_places(xen, vcpu, None, xen.now)
             xen.current = None
     xen.events.close_all(domain)
     xen.reservations.reclaim(domain)
