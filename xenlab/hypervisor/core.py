@@ -31,6 +31,7 @@ from xenlab.hypervisor.clocks import Clocks
 from xenlab.hypervisor.descriptor_tables import DescriptorTables
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
+from xenlab.hypervisor.event_bits import EventBits, SlottedEvents
 from xenlab.hypervisor.events import EventChannels
 from xenlab.hypervisor.exceptions import Exceptions
 from xenlab.hypervisor.frames import FrameTable
@@ -76,6 +77,7 @@ class Hypervisor:
         alarms: the two alarm timers of each vCPU; ours if not given.
         page_types: types and counts of frames; ours on the frame table if not given.
         flush_policy: when a frame that changes its use needs the TLB emptied; only if it must be, if not given.
+        event_bits: what becomes of an event's bits; Xen's rules, on the page itself, if not given.
         trace: where events are recorded; None for no recording.
 
     Attributes:
@@ -108,6 +110,7 @@ class Hypervisor:
         alarms: Alarms | None = None,
         page_types: PageTypes | None = None,
         flush_policy: FlushPolicy | None = None,
+        event_bits: EventBits | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.machine = machine or Machine()
@@ -124,7 +127,7 @@ class Hypervisor:
         self._handlers = self.hypercalls.handlers
         self._make_memory(page_types, flush_policy)
         self.services = Services(self)
-        self.events = EventChannels(self)
+        self.events = EventChannels(self) if event_bits is None else SlottedEvents(self, event_bits)
         self._upcall, self._bytes = self.events.upcall, self.memory.bytes
         self.clocks, self.timers, self.vcpu_ops = Clocks(self), Timers(self, alarms), VcpuOps(self)
         self.exceptions = Exceptions(self)

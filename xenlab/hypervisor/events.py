@@ -42,7 +42,7 @@ from xenlab.abi.numbers import (
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
-from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.trace import NO_DOMAIN, Kind
 from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
 from xenlab.machine.cpu import SOFTWARE
 from xenlab.machine.memory import PAGE_SHIFT
@@ -53,13 +53,15 @@ if TYPE_CHECKING:
 PORTS = 1024
 ANY_PORT = -1
 _PENDING = SharedInfo.evtchn_pending.offset >> 2
-_MASK_BEHIND = SharedInfo.evtchn_mask.offset - SharedInfo.evtchn_pending.offset >> 2
+MASK_BEHIND = SharedInfo.evtchn_mask.offset - SharedInfo.evtchn_pending.offset >> 2
 _UPCALL_MASK, _SELECTOR = VcpuInfo.evtchn_upcall_mask.offset, VcpuInfo.evtchn_pending_sel.offset
 _MOST_POLLED = 128
 _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
 _OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
-_UPCALL = int(Kind.UPCALL)
+_UPCALL, _EVENT = int(Kind.UPCALL), int(Kind.EVENT)
+# Where an event stopped: at a bit that was 1 already, at the port's mask, or not before the upcall was pending.
+AT_PENDING, AT_MASK, AT_SELECTOR, AT_UPCALL, THROUGH = "pending", "mask", "selector", "upcall", ""
 # What an operation gives back: the last words of its argument, as they are written to the guest.
 _Answer = tuple[int, ...]
 
@@ -119,31 +121,40 @@ class EventChannels:
 
     # The bits.
 
-    def set_pending(self, domain: Domain, port: int) -> None:
-        """An event for ``domain`` at ``port``, which is in use."""
+    def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
+        """An event for ``domain`` at ``port``, which is in use, from the domain ``sender`` or from the hypervisor."""
+        stopped = self.mark(domain, port)
+        record = self._xen.recorder
+        if record is not None:
+            record((self._xen.now, _EVENT, domain.domid, port, sender, stopped))
+        if stopped != AT_PENDING:
+            for vcpu in domain.vcpus:
+                if vcpu.polling in (ANY_PORT, port):
+                    self._wake(vcpu)
+
+    def mark(self, domain: Domain, port: int) -> str:
+        """Set the bits for an event, each only if the one before was 0; where that stopped."""
         at, bit = self._place(domain, port)
         if self._words[at] & bit:
-            return
+            return AT_PENDING
         self._words[at] |= bit
-        if not self._words[at + _MASK_BEHIND] & bit:
-            self._select(domain, port)
-        for vcpu in domain.vcpus:
-            if vcpu.polling in (ANY_PORT, port):
-                self._wake(vcpu)
+        return AT_MASK if self._words[at + MASK_BEHIND] & bit else self._select(domain, port)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
         return (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5), 1 << (port & 31)
 
-    def _select(self, domain: Domain, port: int) -> None:
+    def _select(self, domain: Domain, port: int) -> str:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         at, bit = vcpu.info + _SELECTOR >> 2, 1 << (port >> 5)
         if self._words[at] & bit:
-            return
+            return AT_SELECTOR
         self._words[at] |= bit
-        if not self._bytes[vcpu.info] & 1:
-            self._bytes[vcpu.info] |= 1
-            self._wake(vcpu)
+        if self._bytes[vcpu.info] & 1:
+            return AT_UPCALL
+        self._bytes[vcpu.info] |= 1
+        self._wake(vcpu)
+        return THROUGH
 
     def _wake(self, vcpu: Vcpu) -> None:
         vcpu.polling = 0
@@ -152,9 +163,13 @@ class EventChannels:
     def block(self, vcpu: Vcpu) -> None:
         """Unmask upcalls and sleep, unless one is due."""
         self._traps.set_event_mask(vcpu, 0)
-        if not self.due(vcpu):
+        if self.may_sleep(vcpu):
             vcpu.polling = 0
             self._xen.block(vcpu)
+
+    def may_sleep(self, vcpu: Vcpu) -> bool:
+        """Whether there is nothing to wait for, with upcalls unmasked."""
+        return not self.due(vcpu)
 
     def poll(self, vcpu: Vcpu, address: int) -> None:
         """Sleep until an event comes at one of the ports of a ``sched_poll``, masked or not, or until its time."""
@@ -220,7 +235,7 @@ class EventChannels:
         domain.ports[ours] = Port(EvtchnStatus.INTERDOMAIN, remote=remote.domid, remote_port=theirs)
         remote.ports[theirs] = Port(EvtchnStatus.INTERDOMAIN, found.vcpu, domain.domid, ours)
         # What the other domain has sent before is not known any more, so something may have been.
-        self.set_pending(domain, ours)
+        self.set_pending(domain, ours, domain.domid)
         return (ours,)
 
     def _bind_virq(self, vcpu: Vcpu, words: _Answer) -> _Answer:
@@ -276,9 +291,9 @@ class EventChannels:
         if found is None or found.status == EvtchnStatus.VIRQ:
             raise HypercallError(Errno.EINVAL)
         if found.status == EvtchnStatus.INTERDOMAIN:
-            self.set_pending(self._xen.domains[found.remote], found.remote_port)
+            self.set_pending(self._xen.domains[found.remote], found.remote_port, domain.domid)
         elif found.status == EvtchnStatus.IPI:
-            self.set_pending(domain, port)
+            self.set_pending(domain, port, domain.domid)
 
     def _status(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         domain = self._domain(vcpu, words[0] & 0xFFFF)
@@ -296,12 +311,16 @@ class EventChannels:
         """Clear a port's mask, and let an event that came meanwhile go on from there."""
         domain, port = vcpu.domain, _checked(words[0])
         if port in domain.ports:
-            at, bit = self._place(domain, port)
-            was_masked = self._words[at + _MASK_BEHIND] & bit
-            self._words[at + _MASK_BEHIND] &= ~bit
-            if was_masked and self._words[at] & bit:
-                self._select(domain, port)
+            self.clear_mask(domain, port)
         return ()
+
+    def clear_mask(self, domain: Domain, port: int) -> None:
+        """The bits of `_unmask`."""
+        at, bit = self._place(domain, port)
+        was_masked = self._words[at + MASK_BEHIND] & bit
+        self._words[at + MASK_BEHIND] &= ~bit
+        if was_masked and self._words[at] & bit:
+            self._select(domain, port)
 
     def _bind_vcpu(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Choose which vCPU a port's events go to; neither its own timer nor its own signals can be sent elsewhere."""

@@ -42,6 +42,7 @@ class Kind(IntEnum):
     MEMORY = 14  # how many pages a domain has, may have, should have: which of these, and the number
     UPCALL = 15  # from ring, to ring, callback's eip, frame address, frame words
     TIMER = 16  # vcpu, which of its timers went off
+    EVENT = 17  # port of the domain that it is for, who sent it (-1: the hypervisor), where it stopped (`events`)
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -62,6 +63,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.MEMORY: ("what", "pages"),
     Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
     Kind.TIMER: ("vcpu", "timer"),
+    Kind.EVENT: ("port", "sender", "stopped"),
 }
 
 
