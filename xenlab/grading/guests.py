@@ -19,6 +19,7 @@ from xenlab.grading.decisions import (
     Unusable,
     described,
 )
+from xenlab.grading.event_slot import MAX_QUESTIONS, EventQuestion, race
 from xenlab.grading.flush_slot import Asked, FlushClock, FlushSlot
 from xenlab.grading.page_types_slot import MAX_ANSWERS, PageTypesSlot, Question
 from xenlab.hypervisor.auditor import Violation
@@ -34,7 +35,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY = "flush_policy"
+FLUSH_POLICY, EVENT_BITS = "flush_policy", "event_bits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +43,24 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, or empty for an exercise whose answer
+            is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
-        scenarios: of the guests that run with others, by name; see `balloons`.
+        scenarios: of the guests that run with others, by name; see `balloons` and `event_slot`.
         rules: of the `FlushClock`.
     """
 
     kind: str
     names: tuple[str, ...]
     number: int = 0
-    scenarios: Mapping[str, balloons.Scenario] = field(default_factory=dict)
+    scenarios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[int, ...] = ()
 
     @property
     def most_decisions(self) -> int:
         """How often the part may be asked by one guest."""
-        return MAX_ANSWERS if self.kind == PAGE_TYPES else MAX_DECISIONS
+        return {PAGE_TYPES: MAX_ANSWERS, EVENT_BITS: MAX_QUESTIONS}.get(self.kind, MAX_DECISIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Run:
         violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
         asked: what a balloon policy was asked, and what it answered.
         flushes: what a flush policy was asked, and answered.
+        event_questions: what event bits were asked, and answered.
     """
 
     xen: Hypervisor
@@ -100,6 +103,7 @@ class Run:
     violations: list[Violation] = field(default_factory=list)
     asked: Sequence[balloons.Asked] = ()
     flushes: Sequence[Asked] = ()
+    event_questions: Sequence[EventQuestion] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -162,6 +166,11 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         played = balloons.play(image, slot.scenarios[image.name], slot.number, sink, part)
         assert played.xen.trace is not None
         return Run(played.xen, played.xen.domains[0], played.xen.trace.events(), played.problem, asked=played.asked)
+    if slot.kind == EVENT_BITS:
+        raced = race(image, slot.scenarios[image.name], sink, part, budget)
+        assert raced.xen.trace is not None
+        domain, events = raced.xen.domains[0], raced.xen.trace.events()
+        return Run(raced.xen, domain, events, raced.problem, event_questions=raced.questions)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -197,6 +206,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 __all__ = [
     "BALLOON",
     "EMULATOR",
+    "EVENT_BITS",
     "FLUSH_POLICY",
     "HYPERCALL",
     "PAGE_TYPES",

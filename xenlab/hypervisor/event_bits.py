@@ -74,7 +74,7 @@ class XenBits:
         goes_on = mask & bit and pending & bit
         return {"mask": mask & ~bit} | (self._select(port, selector, upcall) if goes_on else {})
 
-    def block(self, _selector: int, upcall: int) -> Answer:
+    def block(self, selector: int, upcall: int) -> Answer:
         return {"sleep": not upcall}
 
     def _select(self, port: int, selector: int, upcall: int) -> dict[str, int]:

@@ -41,7 +41,7 @@ from xenlab.machine.machine import Machine
 from xenlab.timeline import Timeline
 from xenlab.timeline.bit_log import BitLog, record_bits
 from xenlab.toolstack import Image, boot, image_from_source
-from xenlab.views.event_story import bits_in, differences
+from xenlab.views.event_story import STOPPED, bits_in, differences
 from xenlab.views.events import EventsView
 from xenlab.views.picture import table
 from xenlab.views.story import symbol
@@ -103,6 +103,15 @@ class Scene:
         """The picture of its events."""
         return EventsView(self.xen, self.log, span=span, sources=self.sources)
 
+    def at(self, what: str, domid: int = 0) -> int:
+        """Go to where one of a domain's bits first changed in this way, like ``"port 1 pending"``; the time reached."""
+        for change in self.log.changes:
+            if change.domid == domid and what in differences(change.before, change.after):
+                return self.timeline.seek(change.time)
+        raise XenlabError(
+            f"{what!r} did not happen in domain {domid}; expected one of the changes in\n{self.changes(domid)}"
+        )
+
     def changes(self, domid: int) -> str:
         """What happened to the bits of a domain, step by step."""
         rows = []
@@ -137,8 +146,6 @@ def upcalls(xen: Hypervisor) -> int:
 
 def events_by_end(xen: Hypervisor) -> dict[str, int]:
     """The events for domain 0 by where they stopped, in the words of the picture."""
-    from xenlab.views.event_story import STOPPED
-
     assert xen.trace is not None
     found = Counter(event.stopped for event in xen.trace.events(Kind.EVENT) if event.domain == 0)
     return {STOPPED[stopped]: count for stopped, count in found.items()}
@@ -176,9 +183,9 @@ def storm(turns: Iterable[int], count: int = 1_000) -> str:
     return table(("instructions a turn", "sends", "upcalls", "sends an upcall"), rows)
 
 
-def opened_by(way: str) -> Hypervisor:
+def opened_by(way: str, event_bits: EventBits | None = None) -> Hypervisor:
     """A guest that had a port closed when an event came, opened it in one of `WAYS_TO_OPEN`, and slept since."""
-    xen = machine(closes_a_port(way))
+    xen = machine(closes_a_port(way), event_bits=event_bits)
     xen.inputs.submit(60, Outside(0))
     return _asleep(xen)
 
@@ -255,7 +262,8 @@ def every_moment(source: str, *, woken: bool = False, begin: str = "again") -> M
 
 def _places(image: Image, woken: bool) -> dict[int, tuple[str, str]]:
     """The instruction before which the guest stands at each time until it sleeps, and its place by name."""
-    xen, places = _begun(image, woken), {}
+    xen = _begun(image, woken)
+    places: dict[int, tuple[str, str]] = {}
     domain = xen.domains[0]
     while True:
         now, place = xen.now, (_instruction(xen, domain), symbol(domain, domain.vcpus[0].state.eip))
@@ -308,6 +316,13 @@ def deaf() -> Scene:
     return made
 
 
+def heard(callback: str = CALLBACK, count: int = 5) -> Hypervisor:
+    """A receiver that sleeps, and a sender that gives it time between two events; afterwards."""
+    xen = machine(receiver(callback=callback), sender(count, pause=100))
+    xen.run(_ENOUGH)
+    return xen
+
+
 def polled(count: int = 5) -> Hypervisor:
     """A guest that keeps its upcalls closed and polls, with a sender beside it; afterwards."""
     xen = machine(receiver(POLLS), sender(count, pause=100))
@@ -350,6 +365,7 @@ __all__ = [
     "delay",
     "events_by_end",
     "every_moment",
+    "heard",
     "machine",
     "many_sends",
     "opened_by",
