@@ -46,9 +46,9 @@ def _masking(lesson: SendMaskBlock) -> list[Guest]:
     for name, port in (("closed", loud[0]), ("closed-insistent", insistent[0]), ("closed-quiet", quiet[0])):
         race = lesson.race(name, (port, loud[1]), 30).closes(port).takes().works(60).opens(port).works(40)
         race.sends(port, loud[1], port, pause=6)
-    twice = lesson.race("opened-twice", (loud[0], quiet[1]), 20)
-    twice.closes(loud[0]).works(60).opens(loud[0]).opens(loud[0]).opens(quiet[1]).takes().works(20)
-    twice.sends(quiet[1], loud[0], pause=5)
+    twice = lesson.race("opened-twice", (loud[0], insistent[0], quiet[1]), 20)
+    twice.closes(loud[0]).works(60).opens(loud[0]).opens(loud[0]).opens(quiet[1]).takes().works(20).opens(insistent[0])
+    twice.sends(quiet[1], insistent[0], loud[0], pause=5)
     turn = lesson.pick_turn("flutter")
     flutter = lesson.race("flutter", (loud[0], insistent[1], quiet[0]), turn).takes()
     for port in (loud[0], insistent[1], quiet[0], loud[0]):

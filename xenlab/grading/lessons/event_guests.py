@@ -38,6 +38,11 @@ class Race:
         """As it is sent to the student's process."""
         return {"ports": list(self.ports), "turn": self.turn}
 
+    @property
+    def asked(self) -> dict[str, int]:
+        """How often each question but the last comes up in it."""
+        return {"send": len(self._sender), "unmask": sum(text.endswith(_UNMASK) for text in self._receiver)}
+
     def source(self) -> str:
         """The assembly of both."""
         opened = [self._mask(port, True) for port in self.ports] if self.rules.open_is_1 else []

@@ -25,6 +25,8 @@ _EVERY = (3, 4, 5)
 _LAST_PORT = 45
 _INT_BYTES = 2
 LOUD, INSISTENT, QUIET = "loud", "insistent", "quiet"
+# A wrong answer to another question costs where that one is judged.
+_JUDGED = {"08.1": ("send",), "08.2": ("send", "unmask"), "08.3": ("send", "unmask", "block")}
 _STEPS = {"send": "an event is sent", "unmask": "the guest has a port unmasked", "block": "the guest wants to sleep"}
 
 
@@ -110,7 +112,10 @@ class SendMaskBlock:
 
     def guest(self, check: str, name: str) -> Guest:
         """The guests of a race that is written."""
-        return Guest(check, name, self._races[name].source(), ())
+        asked = self._races[name].asked
+        return Guest(
+            check, name, self._races[name].source(), tuple((q, asked[q]) for q in _JUDGED[check] if q in asked)
+        )
 
     def guests(self) -> list[Guest]:
         return self._public
@@ -128,15 +133,20 @@ class SendMaskBlock:
         raise NotImplementedError("the answer of exercise 08 is a part")
 
     def judge(self, guest: Guest, run: Run, decisions: Sequence[Any]) -> Finding:
-        for asked in run.event_questions:
+        judged = [asked for asked in run.event_questions if asked.question in _JUDGED[guest.check]]
+        for asked in judged:
             problem = self._problem(asked, run)
             if problem:
                 where = run.step(asked.time, asked.eip - _INT_BYTES)
                 return _failed(guest, f"first wrong step: {where}\n{_STEPS[asked.question]}; {problem}")
-        if run.problem or run.domain.crashed:
-            return _failed(guest, f"all answers were right, and yet: {run.problem or run.end()}")
-        if run.domain.vcpus[0].run_state is not RunState.BLOCKED:
-            return _failed(guest, f"all answers were right, and yet it was never asleep at last; {run.end()}")
+        for question, times in guest.steps:
+            found = sum(asked.question == question for asked in judged)
+            if found < times:
+                return _failed(guest, f"{question} was asked {found} times of {times}; {run.problem or run.end()}")
+        if guest.check == "08.3" and run.domain.vcpus[0].run_state is not RunState.BLOCKED:
+            return _failed(
+                guest, f"all answers were right, and yet it does not sleep at last; {run.problem or run.end()}"
+            )
         return Finding(guest.check, True)
 
     def _problem(self, asked: EventQuestion, run: Run) -> str:
