@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[str, str, tuple[int, int, int], str]] = {
 }
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", STUDENTS[:2])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_costs_where_it_is_one(mistake: str, student: str, solution: Read) -> None:
     there, instead, kept, said = MISTAKES[mistake]
@@ -206,7 +206,7 @@ def test_the_shipped_part_nothing_and_tampering_earn_nothing(judged: Grade, answ
     [
         ("1 / 0", "raised ZeroDivisionError: division by zero (line 3"),
         ("raise SystemExit(3)", "raised SystemExit"),
-        pytest.param("while True: pass", "did not answer within 1 s of CPU time", marks=POSIX),
+        pytest.param("while True: pass", "did not answer within 0.25 s of CPU time", marks=POSIX),
         ("pass", "must return a dict of what changes"),
         ("return [pending]", "must return a dict of what changes"),
         ("return {'mask': 0}", "must return a dict of what changes"),
@@ -287,7 +287,7 @@ def test_self_checks_do_not_give_all_away(solution: Read, mistake: str) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_any_seed_tells_right_from_xens(seed: int) -> None:
     made = made_for(seed)
     assert scores(made, lambda: Right(made.rules)) == (4, 3, 3)
@@ -295,7 +295,7 @@ def test_any_seed_tells_right_from_xens(seed: int) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_with_the_right_rules_nothing_is_lost(seed: int) -> None:
     made = made_for(seed)
     for guest, run in runs(made, lambda: Right(made.rules)):
@@ -311,7 +311,7 @@ def test_with_the_right_rules_nothing_is_lost(seed: int) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_the_questions_of_any_seed_reach_every_rule(seed: int) -> None:
     made, reached = made_for(seed), Counter[str]()
     for _guest, run in runs(made, lambda: Right(made.rules)):

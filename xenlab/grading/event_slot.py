@@ -29,7 +29,7 @@ from xenlab.machine.machine import Machine
 from xenlab.toolstack import Image, boot
 
 MEMORY_MIB = 4
-ANSWER_SECONDS = 1.0
+ANSWER_SECONDS = 0.25
 MAX_QUESTIONS = 400
 RECEIVER, SENDER = 0, 1
 # Names of what a question tells, and of what may come of it.

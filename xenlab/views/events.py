@@ -1,6 +1,6 @@
 """The event bits of each domain, who is bound to whom, and what happened to them in time (lesson 08; paper 3.1).
 
-Above, a line for each domain that has ports: from the ports' bits by way of selector and upcall flag to the callback,
+Above, a line for each domain: from the ports' bits by way of selector and upcall flag to the callback,
 in the order in which the hypervisor sets them.  Below, a lane for each over the last instructions (`event_lanes`).
 Then the last steps in words, and the code of the chosen one.
 
@@ -96,8 +96,10 @@ class EventsView(Picture):
         self._chosen = ""
 
     def rows(self) -> list[EventRow]:
-        """The domains that have ports, in order of their ids."""
-        return [self._row(domain) for _domid, domain in sorted(self._xen.domains.items()) if domain.ports]
+        """All domains, or of more than three those that have ports, in order of their ids."""
+        domains = [domain for _domid, domain in sorted(self._xen.domains.items())]
+        few = len(domains) <= _DOMAINS
+        return [self._row(domain) for domain in domains if domain.vcpus and (few or domain.ports)]
 
     def _row(self, domain: Domain) -> EventRow:
         bits, vcpu = bits_of(self._xen, domain), domain.vcpus[0]
