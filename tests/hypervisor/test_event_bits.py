@@ -162,7 +162,7 @@ def test_a_wrong_answer_is_named_and_changes_nothing(question: str, answer: Any)
     }
     with pytest.raises(PartError, match=rf"Wrong, {question}\(.*for domain 0: expected a dict of what changes"):
         ask[question]()
-    assert bits_of(xen, domain) == Bits(0, 0, 0, 0, 0)
+    assert bits_of(xen, domain)[:4] == (0, 0, 0, 0)
 
 
 def test_a_part_that_forgets_all_loses_everything_and_breaks_nobody() -> None:

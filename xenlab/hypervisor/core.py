@@ -31,8 +31,7 @@ from xenlab.hypervisor.clocks import Clocks
 from xenlab.hypervisor.descriptor_tables import DescriptorTables
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
-from xenlab.hypervisor.event_bits import EventBits, SlottedEvents
-from xenlab.hypervisor.events import EventChannels
+from xenlab.hypervisor.event_bits import EventBits, event_channels
 from xenlab.hypervisor.exceptions import Exceptions
 from xenlab.hypervisor.frames import FrameTable
 from xenlab.hypervisor.guest_memory import GuestMemory
@@ -127,7 +126,7 @@ class Hypervisor:
         self._handlers = self.hypercalls.handlers
         self._make_memory(page_types, flush_policy)
         self.services = Services(self)
-        self.events = EventChannels(self) if event_bits is None else SlottedEvents(self, event_bits)
+        self.events = event_channels(self, event_bits)
         self._upcall, self._bytes = self.events.upcall, self.memory.bytes
         self.clocks, self.timers, self.vcpu_ops = Clocks(self), Timers(self, alarms), VcpuOps(self)
         self.exceptions = Exceptions(self)

@@ -178,6 +178,11 @@ class SlottedEvents(EventChannels):
             self._bytes[vcpu.info] = answer["upcall"]
 
 
+def event_channels(xen: Hypervisor, part: EventBits | None) -> EventChannels:
+    """Event channels with ``part`` in the slot, or with ours on the page itself."""
+    return EventChannels(xen) if part is None else SlottedEvents(xen, part)
+
+
 def expected(question: str) -> str:
     """What an answer to a question has to look like, in words."""
     *words, last = CHANGES[question]
