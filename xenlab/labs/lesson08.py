@@ -7,7 +7,7 @@ of its instructions, and says for which of them it was lost.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from xenlab.errors import XenlabError
@@ -64,7 +64,11 @@ class Outside:
 
 
 def machine(
-    *guests: str | Image, turn: int = 60, privileged: bool = False, event_bits: EventBits | None = None
+    *guests: str | Image,
+    turn: int = 60,
+    privileged: bool = False,
+    event_bits: EventBits | None = None,
+    names: Sequence[str] = (),
 ) -> Hypervisor:
     """Guests at their first instruction, each in a domain of its own.
 
@@ -73,10 +77,12 @@ def machine(
         turn: how many instructions each gets before the next one's turn.
         privileged: whether domain 0 is the control domain.
         event_bits: see `Hypervisor`.
+        names: for people.
     """
     xen = Hypervisor(Machine(_MACHINE_MIB), scheduler=RoundRobin(turn), event_bits=event_bits, trace=Trace())
     for number, guest in enumerate(guests):
-        boot(xen, guest, name=f"guest {number}", privileged=privileged and not number)
+        name = names[number] if number < len(names) else f"guest {number}"
+        boot(xen, guest, name=name, privileged=privileged and not number)
     return xen
 
 
@@ -124,7 +130,7 @@ class Scene:
 
 def scene(*sources: str, turn: int = 60, instructions: int = 600, outside: Iterable[int] = ()) -> Scene:
     """Guests that can be watched, and an event from outside for domain 0 at each of some times."""
-    timeline = Timeline(machine(*sources, turn=turn))
+    timeline = Timeline(machine(*sources, turn=turn, names=("receiver", "sender")))
     for time in sorted(outside):
         timeline.seek(time)
         timeline.submit(Outside(0))

@@ -9,12 +9,12 @@ from xenlab.views.canvas import WIDTH, Canvas, number
 from xenlab.views.event_story import END, POLL, RETURN, SEND, SLEEP, STORE, UNMASK, UPCALL, Mark
 from xenlab.views.palette import domain_colour
 
-_X, _HEIGHT = 92, 44
+_X, _HEIGHT = 92, 46
 _WIDTH = WIDTH - _X - 24
-_SIGNS = {SLEEP: "z", POLL: "p", UNMASK: "u", STORE: "·", END: "×", RETURN: "", UPCALL: "", SEND: ""}
+_SIGNS = {SLEEP: "z", POLL: "p", UNMASK: "u", STORE: "•", END: "×", RETURN: "", UPCALL: "", SEND: ""}
 _HELP = (
     "→ an event that made an upcall pending    ⇢ one that stopped before    framed: in its callback    "
-    "z block    p poll    u unmask    · a store"
+    "z block    p poll    u unmask    • a store"
 )
 
 
@@ -48,7 +48,7 @@ class Lanes:
 
     def _y(self, domid: int) -> float:
         """The middle of a domain's lane; above all of them for who has none."""
-        return self._top + _HEIGHT * self._places[domid] + 20 if domid in self._places else self._top
+        return self._top + _HEIGHT * self._places[domid] + 30 if domid in self._places else self._top
 
     def frame(self) -> None:
         """Names, lines and the ends of the time."""
@@ -94,7 +94,7 @@ class Lanes:
         colour, dash = domain_colour(mark.sender), "" if mark.stopped == THROUGH else "3 3"
         start = self._y(mark.sender)
         if mark.sender == mark.domid:
-            start = y - 20
+            start = y - 26
         end = y - 9 if start < y else y + 9
         self._canvas.rect(x - 4, min(start, end), 8, abs(end - start), "hit")
         self._canvas.arrow(x, start, x, end, colour, dash)

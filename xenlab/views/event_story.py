@@ -95,7 +95,7 @@ def _with_code(mark: Mark, code: tuple[int, int, bool]) -> Mark:
 
 
 def _send(xen: Hypervisor, log: BitLog | None, key: str, event: Event, upcall: int | None) -> Mark:
-    sender = "the hypervisor" if event.sender == NO_DOMAIN else f"domain {event.sender}"
+    sender = {NO_DOMAIN: "the hypervisor", event.domain: "itself"}.get(event.sender, f"domain {event.sender}")
     text = f"event at port {event.port} from {sender}: {STOPPED[event.stopped]}"
     served = log.served(event.domain, event.port, event.time, xen.now) if log is not None else None
     if served is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain, RunState
@@ -26,7 +27,7 @@ from xenlab.views.picture import Picture, table
 
 _DOMAINS, _TILES, _TILES_IN_ROW = 3, 8, 4
 _TILE_X, _TILE_WIDTH, _TILE_HEIGHT = 168, 104, 46
-_SELECTOR_X, _UPCALL_X, _CLOSED_X, _CALLBACK_X = 616, 696, 766, 826
+_SELECTOR_X, _UPCALL_X, _CLOSED_X, _CALLBACK_X = 604, 682, 764, 826
 _LINE, _LINES = 20, 8
 _MARKS = 60
 _STATES = {
@@ -253,8 +254,8 @@ def _draw_heads(canvas: Canvas, y: float) -> None:
     canvas.text(_TILE_X, y, "ports: pending, mask", "d s")
     for x, text in (
         (_SELECTOR_X, "selector"),
-        (_UPCALL_X, "upcall"),
-        (_CLOSED_X, "mask"),
+        (_UPCALL_X, "upcall pending"),
+        (_CLOSED_X, "upcall mask"),
         (_CALLBACK_X + 6, "callback"),
     ):
         canvas.text(x + 14, y, text, "d s", anchor="middle")
@@ -304,13 +305,13 @@ def _draw_bit(canvas: Canvas, at: tuple[float, float], value: int, colour: str) 
 def _draw_flags(canvas: Canvas, row: EventRow, top: float) -> None:
     colour, bits = domain_colour(row.domid), row.bits
     set_words = [word for word in row.words if bits.selector >> word & 1]
-    for x1, x2 in ((590, _SELECTOR_X - 4), (648, _UPCALL_X - 4), (728, _CLOSED_X - 4), (796, _CALLBACK_X - 4)):
-        canvas.arrow(x1, top + 12, x2, top + 12, "var(--rule)")
+    places = (_SELECTOR_X - 52, _SELECTOR_X, _UPCALL_X, _CLOSED_X, _CALLBACK_X)
+    for start, end in pairwise(places):
+        canvas.arrow(start + 30, top + 12, end - 4, top + 12, "var(--rule)")
     _draw_bit(canvas, (_SELECTOR_X, top + 4), int(bool(bits.selector)), colour)
     words = f"word {', '.join(map(str, set_words[:3]))}" if set_words else ""
     canvas.text(_SELECTOR_X + 13, top + 34, words, "d s", anchor="middle")
     _draw_bit(canvas, (_UPCALL_X, top + 4), bits.upcall, colour)
-    canvas.text(_UPCALL_X + 13, top + 34, "pending" if bits.upcall else "", "d s", anchor="middle")
     _draw_bit(canvas, (_CLOSED_X, top + 4), bits.closed, "")
     canvas.text(_CLOSED_X + 13, top + 34, "closed" if bits.closed else "open", "d s", anchor="middle")
     canvas.text(
