@@ -14,10 +14,35 @@ from xenlab.labs import lesson08
 from xenlab.labs.event_guests import OPEN_AND_COMPUTE, alone, receiver, sender
 from xenlab.timeline import Timeline
 from xenlab.timeline.bit_log import BitLog, record_bits
-from xenlab.views import EventsView
+from xenlab.views import CallTimeline, EventsView
 from xenlab.views.event_story import RETURN, SEND, SLEEP, STORE, UPCALL, bound_to, differences
+from xenlab.views.story import last_moves
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+# Goes to ring 3 and stays there, with upcalls open.
+IN_RING_3 = (
+    alone(
+        """
+        call_xen __HYPERVISOR_stack_switch, FLAT_RING1_DS, "offset stack"
+        push FLAT_RING3_SS
+        push offset user_end
+        push 0x202
+        push FLAT_RING3_CS
+        push offset user_start
+        push eax
+        mov eax, __HYPERVISOR_iret
+        int 0x82
+"""
+    )
+    + """
+        .align 4096
+user_start: jmp user_start
+        .align 4096
+user_end:
+"""
+)
 
 
 def drawn(view: EventsView) -> str:
@@ -143,6 +168,25 @@ def test_the_height_stays_while_a_run_goes_on(run: lesson08.Scene) -> None:
         run.timeline.seek(time)
         heights.add(ElementTree.fromstring(run.view().svg()).get("viewBox"))
     assert len(heights) == 1
+
+
+def test_other_views_tell_of_events_too() -> None:
+    run = lesson08.scene(receiver(), sender(2, pause=20))
+    run.timeline.seek(200)
+    lines = CallTimeline(run.xen, count=60).text().splitlines()
+    assert any("event for port 1 from itself" in line for line in lines)
+    assert any("event for port 1 from domain 1" in line and "stopped" not in line for line in lines)
+    assert any("event for port 1 from domain 1, stopped at pending" in line for line in lines)
+    assert any("upcall for an event, on to 0x" in line and "(callback)" in line for line in lines)
+    ElementTree.fromstring(CallTimeline(run.xen, count=60).svg())
+    # Within ring 1 an upcall is no change of ring.
+    assert "upcall" not in {move.why for move in last_moves(run.xen, 60)}
+    xen = lesson08.machine(IN_RING_3)
+    xen.run(60)
+    xen.submit(lesson08.Outside(0))
+    xen.run(5)
+    (move,) = [move for move in last_moves(xen, 60) if move.why == "upcall"]
+    assert (move.from_ring, move.to_ring) == (3, 1)
 
 
 def test_ports_by_their_kind() -> None:

@@ -29,7 +29,7 @@ _DOMAINS, _TILES, _TILES_IN_ROW = 3, 8, 4
 _TILE_X, _TILE_WIDTH, _TILE_HEIGHT = 168, 104, 46
 _SELECTOR_X, _UPCALL_X, _CLOSED_X, _CALLBACK_X = 604, 682, 764, 826
 _LINE, _LINES = 20, 8
-_MARKS = 60
+_MARKS, _SCANNED = 60, 4096
 _STATES = {
     RunState.RUNNABLE: "waits for the CPU",
     RunState.BLOCKED: "asleep",
@@ -217,8 +217,8 @@ class EventsView(Picture):
         start, until = self._window()[0], self._xen.now
         owner = {vcpu.key: domid for domid, domain in self._xen.domains.items() for vcpu in domain.vcpus}
         turns = []
-        raw = self._xen.trace.raw() if self._xen.trace is not None else []
-        for event in reversed(raw):
+        newest = self._xen.trace.newest(_SCANNED) if self._xen.trace is not None else []
+        for event in newest:
             if event[1] == Kind.SWITCH and event[0] <= until:
                 if event[4] in owner and until > start:
                     turns.append((owner[event[4]], max(event[0], start), until))
