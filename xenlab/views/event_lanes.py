@@ -40,7 +40,7 @@ class Lanes:
     def __init__(self, canvas: Canvas, places: Mapping[int, int], top: float, window: tuple[int, int]) -> None:
         self._canvas, self._places, self._window = canvas, places, window
         self._top = top + 16
-        self.bottom = self._top + _HEIGHT * max(len(places), 1) + 18
+        self.bottom = self._top + _HEIGHT * max(len(places), 1) + 26
 
     def _x(self, time: int) -> float:
         start, end = self._window

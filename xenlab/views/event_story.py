@@ -63,7 +63,8 @@ def marks(xen: Hypervisor, log: BitLog | None, count: int, since: int = 0) -> li
     found = _from_trace(xen, log, count, since)
     changes = [change for change in log.until(xen.now) if change.by_guest] if log is not None else []
     stores = [_store(xen, change) for change in changes[-count:] if change.time >= since]
-    return sorted([*found, *stores], key=lambda mark: mark.time)[-count:]
+    # A store is done before anything else of the time behind it.
+    return sorted([*stores, *found], key=lambda mark: mark.time)[-count:]
 
 
 def _from_trace(xen: Hypervisor, log: BitLog | None, count: int, since: int) -> list[Mark]:

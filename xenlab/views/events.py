@@ -285,7 +285,7 @@ def _draw_port(canvas: Canvas, port: PortRow, row: EventRow, at: tuple[float, fl
     warn = {"stroke": REFUSED, "stroke_width": "2"} if port.port in row.lost else {}
     canvas.rect(x, y, _TILE_WIDTH - 6, _TILE_HEIGHT - 6, "" if warn else "r", rx="4", fill="none", **warn)
     canvas.text(x + 6, y + 14, f"{port.port}", "m b")
-    canvas.text(x + 12 + 7.3 * len(f"{port.port}"), y + 14, clip(port.bound, 14), "d s")
+    canvas.text(x + 12 + 7.3 * len(f"{port.port}"), y + 14, clip(port.bound.removeprefix("VIRQ "), 14), "d s")
     _draw_bit(canvas, (x + 6, y + 19), int(port.pending), domain_colour(row.domid))
     _draw_bit(canvas, (x + 36, y + 19), int(port.masked), "")
     canvas.text(x + 66, y + 31, "closed" if port.masked else "open", "d s")
