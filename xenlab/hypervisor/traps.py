@@ -94,7 +94,7 @@ class TrapDelivery:
         elif to_ring > ring:
             raise Undeliverable(f"the handler's ring {to_ring} is less privileged than ring {ring}")
         else:
-            words, base = (eip, cs, saved_flags), state.segment("ss").base
+            words, base = (eip, cs, saved_flags), 0 if ss in vcpu.flat_data else state.segment("ss").base
             if ring == USER_RING:
                 size = 16 if error != SOFTWARE and vector in WITH_ERROR_CODE else 12
                 self._check_user_stack(vcpu, base + esp - size & 0xFFFF_FFFF, size)

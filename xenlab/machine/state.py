@@ -48,6 +48,7 @@ _ESP = 8
 _BIG = 1 << 22  # D/B in the second word of a descriptor
 _FOLLOWING = at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG
 _pack_cache = struct.Struct("<I4xI4xII").pack_into
+_unpack_cache = struct.Struct("<I4xI4xII").unpack_from
 _pack_caches = struct.Struct("<I4xI4xIII4xI4xII").pack_into
 # EIP, flags, condition codes, how they are kept, direction, hidden flags.
 _pack_go_on = struct.Struct("<I4xI4x8xI4x8xIII").pack_into
@@ -271,8 +272,10 @@ class ContextState:
         head = self._head
         hidden, extra_base, data_base = _unpack_hidden(head, at.HFLAGS)
         if ss is None:
-            _pack_cache(head, _CODE_BYTE, *cs)
-            hidden = hidden & ~_FOLLOWING | self._following()
+            # In the same segment, as an upcall of a kernel is, all that follows from it stays too.
+            if _unpack_cache(head, _CODE_BYTE) != cs:
+                _pack_cache(head, _CODE_BYTE, *cs)
+                hidden = hidden & ~_FOLLOWING | self._following()
         else:
             # Spelled out, since a call with unpacked arguments costs more than the packing.
             selector, base, limit, attributes = cs
