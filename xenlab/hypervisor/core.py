@@ -56,6 +56,7 @@ from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
 from xenlab.hypervisor.vcpu_op import VcpuOps
+from xenlab.machine.gates import Passage
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT
 
@@ -178,6 +179,10 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
+        self.cpu.gates.watcher = self._record_gate if trace is not None else None
+
+    def _record_gate(self, vector: int, passage: Passage) -> None:
+        self.record(Kind.GATE, self.current.domid if self.current else NO_DOMAIN, vector, *passage)
 
     @property
     def now(self) -> int:

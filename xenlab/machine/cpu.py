@@ -28,6 +28,7 @@ from unicorn import x86_const as x86
 from xenlab.errors import MachineError
 from xenlab.machine.cpuid import cpuid
 from xenlab.machine.engine import Context, Engine
+from xenlab.machine.gates import Gates
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.layout import CC_OP_EFLAGS, Layout
 from xenlab.machine.memory import Memory
@@ -56,12 +57,14 @@ _FPCW, _MXCSR = 0x37F, 0x1F80  # as after FNINIT, and at reset
 class Cpu(Protocol):
     """What the hypervisor and the timeline use of a CPU.
 
-    ``flushes`` counts how often the TLB was emptied, or is about to be.
+    ``flushes`` counts how often the TLB was emptied, or is about to be; ``gates`` takes the software interrupts that
+    do not come to the handler.
     """
 
     handler: TrapHandler
     state: Any
     flushes: int
+    gates: Gates
 
     @property
     def instructions(self) -> int:
@@ -151,6 +154,7 @@ class ProbedCpu:
         self._step: StepHandler | None = None
         self._flush = True
         self.flushes = 0
+        self.gates = Gates(memory, self.forget_code)
         power_on(self._engine)
         # What every vCPU starts from; the engine itself holds whatever guest ran last.
         self._reset = Context(self._engine)
@@ -294,7 +298,9 @@ class ProbedCpu:
                     self.deadline = self._deadline
                     self._end_step(True)
                 if vector >= 32:
-                    self.handler(vector, 0, 0)
+                    gate = state.gate
+                    if gate is None or vector != gate.vector or not self.gates.enter(state, gate, self.flushes):
+                        self.handler(vector, 0, 0)
                 elif self._leaving is None:  # else: the single step behind an instruction that will not have happened
                     state.old_exception[0] = -1
                     error, software, behind = state.exception()

@@ -60,6 +60,7 @@ from xenlab.machine.cpu import (
 )
 from xenlab.machine.engine import FLOATING_POINT, GENERAL, REGISTER_IDS, SEGMENTS, Context, Engine
 from xenlab.machine.fault_code import LONGEST_INSTRUCTION, PageFaultCodes, SelectorCodes, read_linear
+from xenlab.machine.gates import Gates
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import READ, PageFault, PagingMode, walk
@@ -99,6 +100,7 @@ class PortableCpu:
         self.memory = memory
         self.instructions = self.deadline = self.flushes = 0
         self._engine = engine = Engine(memory)
+        self.gates = Gates(memory, self.forget_code)
         self._gdt = (0, 0)
         self._stopping = self._running = False
         self._vector: int | None = None
@@ -187,6 +189,9 @@ class PortableCpu:
 
     def _trap(self, vector: int) -> None:
         state, error, address = self.state, 0, 0
+        gate = state.gate
+        if gate is not None and vector == gate.vector and self.gates.enter(state, gate, self.flushes):
+            return
         if vector < 32 and self._is_software(vector):
             error = SOFTWARE
         elif vector == PAGE_FAULT:
