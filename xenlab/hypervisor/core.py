@@ -33,11 +33,11 @@ from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
 from xenlab.hypervisor.events import EventChannels
 from xenlab.hypervisor.exceptions import Exceptions
-from xenlab.hypervisor.frames import FrameTable
+from xenlab.hypervisor.frames import TSS_FRAME, FrameTable
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, TSS_BASE
 from xenlab.hypervisor.memory_op import MemoryOps
 from xenlab.hypervisor.mmu import Mmu
 from xenlab.hypervisor.page_tables import PageTables
@@ -139,6 +139,7 @@ class Hypervisor:
         self.pick_needed = False
         self.cpu.handler = self.trap
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
+        self.cpu.set_tss(TSS_BASE, TSS_FRAME << PAGE_SHIFT)
 
     def _make_memory(self, page_types: PageTypes | None, flush_policy: FlushPolicy | None) -> None:
         """The mechanisms of paper 3.3.3 and 3.3.4, each in a file of its own."""

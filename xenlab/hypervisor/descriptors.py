@@ -15,7 +15,7 @@ from xenlab.machine.paging import READ, Translation, walk
 from xenlab.machine.segments import DESCRIPTOR_SIZE, Descriptor
 from xenlab.machine.state import Segment
 
-_TABLE_INDICATOR = 4
+_TABLE_INDICATOR, _KERNEL_RING = 4, 1
 FIRST_RESERVED_GDT_ENTRY = FIRST_RESERVED_GDT_PAGE * PAGE_SIZE // DESCRIPTOR_SIZE
 
 
@@ -28,6 +28,11 @@ def lookup(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
         return None
     descriptor = Descriptor.decode(memory.qwords[found.machine >> 3])
     return descriptor if descriptor.present and descriptor.dpl else None
+
+
+def checked_selector(selector: int) -> int:
+    """A selector as Xen stores it for a guest: one that asks for ring 0 is moved to ring 1."""
+    return selector if selector & 3 else selector | _KERNEL_RING
 
 
 def gate_may_name(selector: int) -> bool:

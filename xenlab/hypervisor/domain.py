@@ -187,6 +187,7 @@ class Vcpu:
         self.record_due, self.attended, self.tick_period, self.last_tick = saved["clocks"]
         self.runstate_area, self.time_area = saved["areas"]
         self.state.gate = saved["gate"]
+        self.state.inner_stack = self.kernel_esp, self.kernel_ss
 
 
 @dataclass(slots=True, eq=False)

@@ -21,8 +21,8 @@ from xenlab.hypervisor.preemption import Preempted
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable
 from xenlab.hypervisor.writable_tables import WritableTables
-from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, SOFTWARE
 from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.vectors import PAGE_FAULT, PROTECTION, SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor

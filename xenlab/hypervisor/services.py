@@ -19,10 +19,11 @@ from xenlab.abi.numbers import (
     XenVersion,
 )
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptors import checked_selector
 from xenlab.hypervisor.domain import VECTORS, Vcpu
 from xenlab.hypervisor.layout import start_of
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable, checked_selector, gates_from_table, set_gate
+from xenlab.hypervisor.traps import Undeliverable, gates_from_table, set_gate
 from xenlab.machine.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Services:
     def stack_switch(self, vcpu: Vcpu, ss: int, esp: int, *_: int) -> int:
         """Set the stack on which the kernel is entered from ring 3."""
         vcpu.kernel_ss, vcpu.kernel_esp = checked_selector(ss & 0xFFFF), esp
+        self._xen.cpu.set_inner_stack(vcpu.state, vcpu.kernel_ss, esp)
         set_gate(vcpu)
         return 0
 

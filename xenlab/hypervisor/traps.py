@@ -23,16 +23,15 @@ handler in ring 0, or has the hypervisor push a frame over memory that is not it
 from __future__ import annotations
 
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.descriptors import code_segment, gate_may_name, stack_segment, usable_in
+from xenlab.hypervisor.descriptors import checked_selector, code_segment, gate_may_name, stack_segment, usable_in
 from xenlab.hypervisor.domain import VECTORS, Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
-from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.gates import TrapGate
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import USER_WRITE
 from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
-from xenlab.machine.vectors import vector_name
+from xenlab.machine.vectors import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE, vector_name
 
 KERNEL_RING, USER_RING = 1, 3
 # The one software interrupt whose gate the CPU takes itself.
@@ -183,11 +182,6 @@ class TrapDelivery:
 
 def _named(vector: int) -> str:
     return "an event" if vector == EVENT else f"exception {vector} ({vector_name(vector)})"
-
-
-def checked_selector(selector: int) -> int:
-    """A selector as Xen stores it for a guest: one that asks for ring 0 is moved to ring 1."""
-    return selector if selector & 3 else selector | KERNEL_RING
 
 
 def set_gate(vcpu: Vcpu) -> None:

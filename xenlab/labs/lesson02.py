@@ -16,9 +16,9 @@ from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind, Trace
 from xenlab.hypervisor.traps import SYSTEM_CALL
-from xenlab.machine.cpu import WITH_ERROR_CODE
 from xenlab.machine.disassembler import disassemble
 from xenlab.machine.machine import Machine
+from xenlab.machine.vectors import WITH_ERROR_CODE
 from xenlab.timeline import Timeline
 from xenlab.toolstack import boot
 from xenlab.toolstack.image import SOURCE_SHARED_INFO

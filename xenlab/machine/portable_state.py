@@ -30,7 +30,7 @@ class PortableState:
     Attributes:
         gdt: linear address and limit of the descriptor table.
         ldt: the same of the local one.
-        gate: see `CpuState`.
+        gate, inner_stack: see `CpuState`.
         system: IDTR, LDTR, TR, CR4 and CR0 as Unicorn gives them, once the state has run in ring 0.
         floating: the x87 and SSE registers, as `RegisterBatch` reads them.
     """
@@ -48,6 +48,7 @@ class PortableState:
     def __init__(self, floating: bytes, mode: PagingMode, cr3: int, gdt: tuple[int, int]) -> None:
         self.mode, self.cr3, self.gdt, self.ldt = mode, cr3, gdt, (0, 0)
         self.gate: TrapGate | None = None
+        self.inner_stack = (0, 0)
         self.system: list[int | tuple[int, ...]] = []
         self.floating = floating
         self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}

@@ -96,12 +96,14 @@ class CpuState(Protocol):
 
     All values are 32-bit unsigned integers.  ``mode`` and ``cr3`` say which page tables it
     runs on; a new ``cr3`` takes effect when the state is next loaded into the CPU.  ``gate`` is the one entry of
-    the interrupt table that does not lead to the hypervisor.
+    the interrupt table that does not lead to the hypervisor, and ``inner_stack`` ESP and SS for ring 1, as
+    `Cpu.set_inner_stack` sets them.
     """
 
     mode: PagingMode
     cr3: int
     gate: TrapGate | None
+    inner_stack: tuple[int, int]
     eax: int
     ecx: int
     edx: int
@@ -225,6 +227,7 @@ class ContextState:
         self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
         self.mode, self.cr3 = mode, cr3
         self.gate: TrapGate | None = None
+        self.inner_stack = (0, 0)
         # What `transfer` packed last: mostly the kernel's segments, each time.
         self._entry: tuple[Segment | None, Segment | None, bytes, bool, int] = (None, None, b"", False, 0)
 

@@ -14,8 +14,7 @@ from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind, decode
-from xenlab.machine.cpu import WITH_ERROR_CODE
-from xenlab.machine.vectors import vector_name
+from xenlab.machine.vectors import WITH_ERROR_CODE, vector_name
 
 _HYPERCALLS = {call.value: call.name for call in Hypercall}
 # Nobody reads further back in a picture, and copying a whole trace costs milliseconds.
