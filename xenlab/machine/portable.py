@@ -55,7 +55,7 @@ from xenlab.machine.portable_state import FLOATING_ORDER, PortableState
 from xenlab.machine.power import CR0, install_instruction_hooks, power_on, set_paging
 from xenlab.machine.register_batch import RegisterBatch
 from xenlab.machine.segments import Descriptor, flat_data
-from xenlab.machine.state import VM, Segment
+from xenlab.machine.state import CR0_TS, VM, Segment
 from xenlab.machine.vectors import INVALID_OPCODE, MACHINE_CHECK, PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 
 # Above 2 GiB, the most that machine memory can have, and below every guest's segment limit.
@@ -267,7 +267,7 @@ class PortableCpu:
             self._engine.uc.reg_write(number, value)
         if not state.system:
             set_paging(self._engine, state.mode)
-            self._engine.write("cr0", CR0)
+            self._engine.write("cr0", CR0 | CR0_TS if state.task_switched else CR0)
 
     def _load_code_segment(self, state: PortableState) -> None:
         """Load CS, and with it the ring and, outside ring 0, SS."""

@@ -32,6 +32,7 @@ class PortableState:
         ldt: the same of the local one.
         gate, inner_stack: see `CpuState`.
         system: IDTR, LDTR, TR, CR4 and CR0 as Unicorn gives them, once the state has run in ring 0.
+        task_switched: CR0.TS.
         floating: the x87 and SSE registers, as `RegisterBatch` reads them.
     """
 
@@ -49,6 +50,7 @@ class PortableState:
         self.mode, self.cr3, self.gdt, self.ldt = mode, cr3, gdt, (0, 0)
         self.gate: TrapGate | None = None
         self.inner_stack = (0, 0)
+        self.task_switched = False
         self.system: list[int | tuple[int, ...]] = []
         self.floating = floating
         self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}
@@ -78,6 +80,9 @@ class PortableState:
 
     def set_ldt(self, base: int, limit: int) -> None:
         self.ldt = base, limit
+
+    def set_task_switched(self, on: bool) -> None:
+        self.task_switched = on
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
         return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi
@@ -126,6 +131,7 @@ class PortableState:
             self.gdt,
             self.ldt,
             self.system,
+            self.task_switched,
             caches,
         ]
         return self.floating + json.dumps(numbers).encode()
@@ -133,7 +139,7 @@ class PortableState:
     def restore(self, saved: bytes) -> None:
         size = len(self.floating)
         self.floating = saved[:size]
-        general, *numbers, gdt, ldt, system, caches = json.loads(saved[size:])
+        general, *numbers, gdt, ldt, system, self.task_switched, caches = json.loads(saved[size:])
         self.eip, self._eflags, self.cr2, self.cr3, self._cpl = numbers
         self.set_general(general)
         self.gdt, self.ldt = (gdt[0], gdt[1]), (ldt[0], ldt[1])

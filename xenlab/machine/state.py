@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 0x1, 0x4, 0x10, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
 IOPL, NT, RF, VM, AC, ID = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000, 0x20_0000
+CR0_TS = 0x8
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
 # Indices of 32-bit words, counted from the first general register.
@@ -41,7 +42,8 @@ _EIP, _EFLAGS, _CC_SRC, CC_OP, _DF, _HFLAGS = (
     offset // 4 for offset in (at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS)
 )
 _CACHES, _STRIDE = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4
-CR2 = at.CONTROL // 4 + 4
+_CR0 = at.CONTROL // 4
+CR2 = _CR0 + 4
 _EXCEPTION = struct.Struct("<III")
 _HEAD_BYTES = at.CONTROL + 5 * 8
 _EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
@@ -145,6 +147,10 @@ class CpuState(Protocol):
 
     def set_ldt(self, base: int, limit: int) -> None:
         """Let the CPU look for local descriptors at linear address ``base``, up to offset ``limit``."""
+        ...
+
+    def set_task_switched(self, on: bool) -> None:
+        """Set CR0.TS, with which the next floating-point or SSE instruction raises #NM, or clear it."""
         ...
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -297,6 +303,11 @@ class ContextState:
 
     def set_ldt(self, base: int, limit: int) -> None:
         self.words[_LDT + 2], self.words[_LDT + 4], self.words[_LDT + 5] = base, limit, _PRESENT_LDT
+
+    def set_task_switched(self, on: bool) -> None:
+        words = self.words
+        words[_CR0] = words[_CR0] & ~CR0_TS | (CR0_TS if on else 0)
+        words[_HFLAGS] = words[_HFLAGS] & ~at.HF_TS | (at.HF_TS if on else 0)
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
         head = self._head
