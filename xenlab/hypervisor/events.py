@@ -41,11 +41,12 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptors import checked_selector
 from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
-from xenlab.machine.cpu import SOFTWARE
+from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.vectors import SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
