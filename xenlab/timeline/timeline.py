@@ -21,6 +21,7 @@ every event with the one recorded and refuses to go on when they differ.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 from xenlab.errors import TimelineError
@@ -28,14 +29,18 @@ from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
 from xenlab.hypervisor.inputs import Input
 from xenlab.hypervisor.trace import Event, Trace, decode
 from xenlab.timeline.digest import machine_hash
-from xenlab.timeline.snapshots import Snapshot, Snapshots, put_back, take
+from xenlab.timeline.snapshots import Snapshot, Snapshots
 
 DEFAULT_INTERVAL = 50_000
-DEFAULT_SNAPSHOTS = 64
+DEFAULT_SNAPSHOTS = 256
 DEFAULT_SNAPSHOT_MIB = 256
-# A snapshot is worth taking when running again to here from the one before it would take as
-# long as so many intervals; an event takes as long as so many instructions.
-_WORTH, _EVENT = 10, 100
+# A snapshot is worth taking when running again to here from the one before it takes the host so many seconds, and so
+# many times as long as taking a snapshot does.  The first few are taken sooner, when there were as many
+# instructions as in so many intervals; an event counts as so many instructions.
+_WORTH_S, _WORTH_COSTS = 0.04, 32
+_FIRST, _WORTH, _EVENT = 10, 10, 100
+# One right before the place that somebody went back to, if running there took so many times as long.
+_WORTH_NEAR = 2
 
 
 class Timeline:
@@ -83,8 +88,10 @@ class Timeline:
         # Events behind the position, the next one last.
         self._ahead: list[tuple[Any, ...]] = []
         self._idle_at: int | None = None
+        # Seconds that the host has worked to come from the start to here, about.
+        self._work = 0.0
         self._remember_position()
-        self._snapshots = Snapshots(take(self.hypervisor, len(self._trace), {}), *self._limits)
+        self._snapshots = Snapshots(self.hypervisor, len(self._trace), *self._limits)
 
     @property
     def position(self) -> int:
@@ -127,9 +134,9 @@ class Timeline:
         if time < self.start:
             raise TimelineError(f"time {time}: the timeline begins at {self.start}, there is no way back beyond it")
         nearest = self._snapshots.latest(time)
-        nearest = self._snapshots.latest(time)
         if time < self.position or nearest.time > self.position:
             self._go_to(nearest)
+            self._come_near(time)
         self._advance(time)
         if time == self._idle_at:
             self._run_piece(time + 1)
@@ -167,13 +174,16 @@ class Timeline:
                 return Stop.IDLE
             if self.position == boundary:
                 self.hypervisor.forget_caches()
-                self._keep_snapshot()
+                if self._is_worth_a_snapshot():
+                    self._keep_snapshot()
         return Stop.BUDGET
 
     def _run_piece(self, time: int) -> Stop:
+        started = perf_counter()
         try:
             stop = self.hypervisor.run(time - self.position).stop
         finally:
+            self._work += perf_counter() - started
             self._compare_with_record()
             self.end = max(self.end, self.position)
             self._remember_position()
@@ -181,17 +191,36 @@ class Timeline:
             self._idle_at = self.position
         return stop
 
+    def _come_near(self, time: int) -> None:
+        """Run to the last multiple of the interval before ``time``, for the next step back to begin there."""
+        near = time - 1 - (time - 1 - self.start) % self._interval
+        if near <= self.position or self._advance(near) is Stop.IDLE:
+            return
+        if self._work_since_snapshot() > _WORTH_NEAR * self._snapshots.cost:
+            self._keep_snapshot()
+
+    def _is_worth_a_snapshot(self) -> bool:
+        if self._snapshots.taken > _FIRST:
+            return self._work_since_snapshot() >= max(_WORTH_S, _WORTH_COSTS * self._snapshots.cost)
+        before = self._snapshots.latest(self.position)
+        events = len(self._trace) - before.events
+        return self.position - before.time + _EVENT * events >= _WORTH * self._interval
+
+    def _work_since_snapshot(self) -> float:
+        return self._work - self._snapshots.latest(self.position).work
+
     def _keep_snapshot(self) -> None:
-        before, events = self._snapshots.latest(self.position), len(self._trace)
-        if self.position - before.time + _EVENT * (events - before.events) >= _WORTH * self._interval:
-            self._snapshots.add(take(self.hypervisor, events, before.pages))
+        self._snapshots.take(len(self._trace), self._work)
 
     def _go_to(self, snapshot: Snapshot) -> None:
         """Put back ``snapshot``, which may also lie ahead."""
-        put_back(self.hypervisor, snapshot)
+        self._snapshots.put_back(snapshot)
+        self._work = snapshot.work
         self._ahead += self._trace.rewind(snapshot.events)
-        while len(self._trace) < snapshot.events:
-            self._trace.record(self._ahead.pop())
+        again = snapshot.events - len(self._trace)
+        if again:
+            self._trace.extend(reversed(self._ahead[-again:]))
+            del self._ahead[-again:]
         self._remember_position()
 
     def _compare_with_record(self) -> None:
