@@ -11,8 +11,8 @@ over its pages; when one comes between two others, the later one keeps saying wh
 
 The invariant: for each frame, the last snapshot that names it, up to any moment that is kept, holds what the frame
 held then, and a frame that none names was zero.  Frames that are free are zero (`hypervisor.frames`), so they are
-neither read nor kept, and memory that no domain owns never becomes resident on the host.  What breaks without it: either the
-past is wrong, or a run of a minute fills the host's memory.
+neither read nor kept, and memory that no domain owns never becomes resident on the host.  What breaks without it:
+either the past is wrong, or a run of a minute fills the host's memory.
 
 Which moments are kept decides only how long a step back takes, never where it leads: the
 engine's TLB is emptied at fixed times whether a snapshot is taken or not (`Timeline`).
