@@ -22,18 +22,23 @@ every event with the one recorded and refuses to go on when they differ.
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 from xenlab.errors import TimelineError
 from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
 from xenlab.hypervisor.inputs import Input
 from xenlab.hypervisor.trace import Event, Trace, decode
+from xenlab.timeline import search
+from xenlab.timeline.changes import Change
 from xenlab.timeline.digest import machine_hash
+from xenlab.timeline.goals import Watch, When
 from xenlab.timeline.snapshots import Snapshot, Snapshots
 
 DEFAULT_INTERVAL = 50_000
 DEFAULT_SNAPSHOTS = 256
 DEFAULT_SNAPSHOT_MIB = 256
+# How far `run_to` goes.
+DEFAULT_MOST = 1_000_000_000
 # A snapshot is worth taking when running again to here from the one before it takes the host so many seconds, and so
 # many times as long as taking a snapshot does.  The first few are taken sooner, when there were as many
 # instructions as in so many intervals; an event counts as so many instructions.
@@ -161,6 +166,65 @@ class Timeline:
     def all_events(self) -> list[Event]:
         """The events up to the end, also those behind the position."""
         return self.events() + [decode(raw) for raw in reversed(self._ahead)]
+
+    @property
+    def happened(self) -> int:
+        """How many events there were up to the position."""
+        return len(self._trace)
+
+    def recorded(self, first: int = 0) -> list[tuple[Any, ...]]:
+        """The events from number ``first`` up to the end, also those behind the position, as they were recorded."""
+        if first > len(self._trace):
+            return self._ahead[: len(self._ahead) - (first - len(self._trace))][::-1]
+        return self._trace.newest(len(self._trace) - first)[::-1] + self._ahead[::-1]
+
+    def snapshot_times(self) -> list[int]:
+        """The times to which going back is quick."""
+        return self._snapshots.times()
+
+    # Breakpoints.
+
+    @overload
+    def back_to(self, goal: When) -> Event | None: ...
+
+    @overload
+    def back_to(self, goal: Watch) -> Change | None: ...
+
+    def back_to(self, goal: When | Watch) -> Event | Change | None:
+        """Go back to the last event or change before the position; the machine is then right behind it.
+
+        Returns:
+            What was found.  None if there is none; then the position stays.
+        """
+        self._check_untouched()
+        return search.event_before(self, goal) if isinstance(goal, When) else search.change_before(self, goal)
+
+    @overload
+    def run_to(self, goal: When, most: int = ...) -> Event | None: ...
+
+    @overload
+    def run_to(self, goal: Watch, most: int = ...) -> Change | None: ...
+
+    def run_to(self, goal: When | Watch, most: int = DEFAULT_MOST) -> Event | Change | None:
+        """Go forward to the next event or change, by ``most`` instructions at most; then right behind it.
+
+        Returns:
+            What was found.  None if there is none; then the position is as far as that goes.
+        """
+        self._check_untouched()
+        limit = self.position + most
+        if isinstance(goal, When):
+            return search.event_behind(self, goal, limit)
+        return search.change_behind(self, goal, limit)
+
+    def last_change(self, watch: Watch) -> Change | None:
+        """Who changed it?  The last change up to the position, which stays; None if there was none since the start."""
+        self._check_untouched()
+        here = self.position
+        try:
+            return search.last_change(self, watch, here)
+        finally:
+            self.seek(here)
 
     def machine_hash(self) -> str:
         """Hex digest of the whole machine; see `xenlab.timeline.digest`."""
