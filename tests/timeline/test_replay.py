@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -114,7 +115,8 @@ def test_another_process_sees_the_same_run(seed: str) -> None:
     code = f"import runpy; print(runpy.run_path({__file__!r})['digest']())"
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONHASHSEED": seed},
+        env=os.environ
+        | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path))},
         capture_output=True,
         text=True,
         check=True,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -13,7 +14,7 @@ from xenlab import Hypervisor, Machine, TimelineError, boot
 from xenlab.hypervisor.core import Stop
 from xenlab.hypervisor.inputs import Pause, Typed, Unpause
 from xenlab.hypervisor.schedulers import RoundRobin
-from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.trace import Event, Kind
 from xenlab.timeline import Boot, Destroy, Timeline
 from xenlab.timeline.snapshots import Snapshots
 from xenlab.toolstack import image_from_source
@@ -34,6 +35,28 @@ start:  mov ebx, CONSOLEIO_read
 buffer: .space 16
 """
 BLOCKS = "start: mov ebx, SCHEDOP_block\n mov eax, __HYPERVISOR_sched_op\n int 0x82\n inc esi\n jmp start"
+
+# Sleeps for so many nanoseconds, works for some hundred instructions, and sleeps again.
+SLEEPS = """
+start:  add dword ptr [until], {low}
+        adc dword ptr [until + 4], {high}
+        mov ebx, SCHEDOP_poll
+        mov ecx, offset poll
+        mov eax, __HYPERVISOR_sched_op
+        int 0x82
+        inc dword ptr [woken]
+        mov ecx, 300
+works:  loop works
+        jmp start
+poll:   .long 0, 0
+until:  .long 0, 0
+woken:  .long 0
+"""
+
+
+def sleeper(instructions: int) -> str:
+    nanoseconds = 10 * instructions
+    return SLEEPS.format(low=nanoseconds & 0xFFFF_FFFF, high=nanoseconds >> 32)
 
 
 def timeline_of(*sources: str, interval: int = 100, **options: int) -> Timeline:
@@ -153,6 +176,41 @@ def test_going_idle_between_two_inputs_is_the_same_as_taking_both() -> None:
     timeline.seek(50)
     timeline.seek(230)
     assert (timeline.machine_hash(), timeline.events()) == (after, events)
+
+
+def test_a_sleep_of_a_thousand_million_instructions_is_one_leap() -> None:
+    timeline = timeline_of(sleeper(1_000_000_000))
+    flushes = timeline.hypervisor.cpu.flushes
+    assert timeline.run(3_000_000_500).stop is Stop.BUDGET
+    assert len([event for event in timeline.events() if event.kind is Kind.TIMER]) == 3
+    # It runs for about 300 instructions between two sleeps, with an interval of 100.
+    assert timeline.hypervisor.cpu.flushes - flushes < 60
+    after, events = timeline.machine_hash(), timeline.events()
+    for time in (2_999_999_999, 1_500_000_000, 1_000_000_123, 1):
+        assert timeline.seek(time) == time
+    timeline.seek(3_000_000_500)
+    assert (timeline.machine_hash(), timeline.events()) == (after, events)
+
+
+@settings(max_examples=20)
+@given(
+    sleeps=st.tuples(st.integers(150, 5000), st.integers(150, 5000)),
+    route=st.lists(st.integers(0, 8000), min_size=2, max_size=6),
+    interval=st.sampled_from((1, 64, 1000)),
+    key=st.integers(0, 8000),
+)
+def test_the_way_to_a_time_does_not_matter_where_guests_sleep(
+    sleeps: tuple[int, int], route: list[int], interval: int, key: int
+) -> None:
+    seen: dict[int, tuple[str, list[Event]]] = {}
+    for times in ([*route, *reversed(route)], [max(route)]):
+        timeline = timeline_of(*map(sleeper, sleeps), interval=interval)
+        timeline.hypervisor.inputs.submit(key, Typed(0, b"x"))
+        timeline.run(1)
+        for time in times:
+            timeline.seek(time)
+            found = timeline.machine_hash(), timeline.events()
+            assert seen.setdefault(time, found) == found
 
 
 def test_what_is_due_at_a_time_is_done_when_the_run_goes_on() -> None:

@@ -30,6 +30,7 @@ from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind
 from xenlab.machine.disassembler import disassemble
 from xenlab.machine.fault_code import LONGEST_INSTRUCTION, read_linear
+from xenlab.timeline.access_log import in_front_of
 from xenlab.timeline.goals import Watch
 
 if TYPE_CHECKING:
@@ -141,6 +142,21 @@ class Observer:
         self._run_until(end)
         self._look(self._xen.now, Cause.STORE)
 
+    def due(self, part: object, name: str) -> Callable[..., Any]:
+        """What stands in front of a method that does what is due, which may be long before guest code goes on."""
+        plain = getattr(part, name)
+
+        def method(*arguments: Any) -> Any:
+            now = self._xen.now
+            result = plain(*arguments)
+            # A machine that goes idle at a time has done what is due then; any other does it on the way to the next.
+            self._looked = min(self._looked, now - 1)
+            self._look(now + 1, Cause.OUTSIDE)
+            self._looked = now
+            return result
+
+        return method
+
     def finish(self) -> None:
         """The run is over; a machine that went idle has done what was due."""
         self._looked = min(self._looked, self._xen.now - 1)
@@ -164,11 +180,14 @@ def observed(xen: Hypervisor, watch: Watch) -> Iterator[Observer]:
     places = watch.places(xen)
     end = xen.cpu.engine.observe_stores(*places, observer.store) if places is not None else None
     xen.cpu.handler = observer.trap
-    vars(xen.cpu)["run_until"] = observer.run_until
     try:
-        yield observer
+        with (
+            in_front_of(xen.cpu, {"run_until": observer.run_until}),
+            in_front_of(xen.inputs, {"apply_next": observer.due(xen.inputs, "apply_next")}),
+            in_front_of(xen.timers, {"expire": observer.due(xen.timers, "expire")}),
+        ):
+            yield observer
     finally:
-        del vars(xen.cpu)["run_until"]
         xen.cpu.handler = observer.handler
         if end is not None:
             end()

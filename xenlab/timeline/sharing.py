@@ -15,6 +15,7 @@ student's part may care which of its objects are the same.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 PARTS = "parts"
 _PIECE = 4096  # bytes
 _LONG = 1024  # items of a sequence, beyond which they are not looked at one by one
+_SHORT = 64  # of one that may hold something large
 _PLAIN = (int, bytes, str, array)
 
 
@@ -100,12 +102,18 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _pieces(value: Any) -> list[bytes]:
-    if type(value) is Pieces:
-        return list(value.pieces)
-    if type(value) is dict:
-        return [piece for item in value.values() for piece in _pieces(item)]
-    return [value] if type(value) is bytes else []
+def _pieces(value: Any) -> Iterator[bytes]:
+    kind = type(value)
+    if kind is bytes:
+        yield value
+    elif kind is Pieces:
+        yield from value.pieces
+    elif kind is dict:
+        for item in value.values():
+            yield from _pieces(item)
+    elif kind in (list, tuple) and len(value) <= _SHORT:
+        for item in value:
+            yield from _pieces(item)
 
 
 __all__ = ["own_bytes", "pack", "unpack"]

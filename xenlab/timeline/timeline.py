@@ -233,7 +233,7 @@ class Timeline:
     def _advance(self, time: int) -> Stop:
         """Run to ``time``, stopping at each multiple of the interval to empty the TLB."""
         while self.position < time:
-            boundary = self.position + self._interval - (self.position - self.start) % self._interval
+            boundary = self._next_boundary()
             if self._run_piece(min(boundary, time)) is Stop.IDLE:
                 return Stop.IDLE
             if self.position == boundary:
@@ -241,6 +241,22 @@ class Timeline:
                 if self._is_worth_a_snapshot():
                     self._keep_snapshot()
         return Stop.BUDGET
+
+    def _next_boundary(self) -> int:
+        """The next multiple of the interval; on a machine that sleeps, the last one before it will be woken.
+
+        Where no guest runs, it is the same to empty the TLB once or a thousand times.
+        """
+        xen, position = self.hypervisor, self.position
+        boundary = self._boundary_before(position) + self._interval
+        if xen.current is not None or xen.pick_needed:
+            return boundary
+        due = xen.inputs.next_time()
+        woken = xen.timers.due if due is None else min(due, xen.timers.due)
+        return max(boundary, self._boundary_before(woken))
+
+    def _boundary_before(self, time: int) -> int:
+        return time - (time - self.start) % self._interval
 
     def _run_piece(self, time: int) -> Stop:
         started = perf_counter()
@@ -257,7 +273,7 @@ class Timeline:
 
     def _come_near(self, time: int) -> None:
         """Run to the last multiple of the interval before ``time``, for the next step back to begin there."""
-        near = time - 1 - (time - 1 - self.start) % self._interval
+        near = self._boundary_before(time - 1)
         if near <= self.position or self._advance(near) is Stop.IDLE:
             return
         if self._work_since_snapshot() > _WORTH_NEAR * self._snapshots.cost:
