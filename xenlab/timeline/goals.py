@@ -37,14 +37,14 @@ class When:
     """Events; what is None may be anything.
 
     Attributes:
-        kind: what happened.
+        kind: what happened, or any of several things.
         domain: to whom, or whose doing it was.
         vector: of a TRAP, or of the exception that a DELIVER hands to the guest.
         number: of a HYPERCALL; of a RETURN if ``kind`` says so.
         test: what else has to be true of it.
     """
 
-    kind: Kind | None = None
+    kind: Kind | frozenset[Kind] | None = None
     domain: int | None = None
     vector: int | None = None
     number: int | None = None
@@ -53,13 +53,16 @@ class When:
     def matches(self, raw: tuple[Any, ...]) -> bool:
         """Whether an event, as it was recorded, is meant."""
         kind, domain = raw[1:3]
-        if self.kind not in (None, kind) or self.domain not in (None, domain):
+        if not self._is_kind(kind) or self.domain not in (None, domain):
             return False
         if self.vector is not None and (kind not in _WITH_VECTOR or raw[3] != self.vector):
             return False
         if self.number is not None and not self._is_call(raw):
             return False
         return self.test is None or self.test(decode(raw))
+
+    def _is_kind(self, kind: int) -> bool:
+        return kind in self.kind if isinstance(self.kind, frozenset) else self.kind in (None, kind)
 
     def _is_call(self, raw: tuple[Any, ...]) -> bool:
         if raw[1] == Kind.HYPERCALL:
