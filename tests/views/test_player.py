@@ -141,7 +141,7 @@ def test_the_event_buttons_stop_at_what_was_chosen(player: Player, timeline: Tim
     for time in calls[:-4:-1]:
         player.previous_event()
         assert (timeline.position, player.status) == (time, f"hypercall of domain 0 at {time}")
-    player.stop = "console output"
+    player.stop = "console"
     player.previous_event()
     assert (timeline.position, player.status) == (calls[-3], NO_EARLIER)
 
@@ -151,7 +151,7 @@ def test_an_event_that_never_comes_ends_with_the_guest() -> None:
     player = Player(timeline, lambda: None)
 
     async def play() -> None:
-        player.stop = "page-table stores and refusals"
+        player.stop = "page tables"
         player.next_event()
         await until(lambda: not player.playing)
 

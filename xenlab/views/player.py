@@ -34,13 +34,13 @@ STOPS: dict[str, When] = {ANY_EVENT: When()} | {
     for name, kinds in {
         "hypercalls": (Kind.HYPERCALL,),
         "exceptions": (Kind.TRAP,),
-        "emulated instructions": (Kind.EMULATE,),
+        "emulation": (Kind.EMULATE,),
         "switches": (Kind.SWITCH,),
-        "timers and upcalls": (Kind.TIMER, Kind.UPCALL),
-        "page-table stores and refusals": (Kind.TABLE_WRITE, Kind.REFUSED),
-        "console output": (Kind.CONSOLE,),
+        "upcalls, timers": (Kind.TIMER, Kind.UPCALL),
+        "page tables": (Kind.TABLE_WRITE, Kind.REFUSED),
+        "console": (Kind.CONSOLE,),
         "inputs": (Kind.INPUT,),
-        "domains: built, ended, crashed": (Kind.DOMAIN, Kind.CRASH),
+        "domains": (Kind.DOMAIN, Kind.CRASH),
     }.items()
 }
 
