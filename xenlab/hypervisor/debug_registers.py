@@ -10,7 +10,7 @@ Reserved bits read as hardware has them.  What breaks without it: the hypervisor
 DR4 and DR5 are other names for DR6 and DR7, unless CR4 switches debug extensions on: then they do not exist.  A
 breakpoint's address may lie anywhere, in the hypervisor's range too, where the guest can only miss it.
 
-Breakpoints on execution and on data act (`breakpoints`); one on ports is matched by what `port_io` carries out.
+Breakpoints on execution and on data act (`breakpoints`); one on ports is accepted and never hit.
 Errnos are those of Xen's arch/x86/pv/misc-hypercalls.c for 32-bit guests.
 """
 
@@ -39,12 +39,14 @@ class DebugRegisters:
     """The hypercalls ``set_debugreg`` and ``get_debugreg``."""
 
     def __init__(self, xen: Hypervisor) -> None:
+        self._xen = xen
         xen.hypercalls.register(Hypercall.set_debugreg, self.set_debugreg)
         xen.hypercalls.register(Hypercall.get_debugreg, self.get_debugreg)
 
     def set_debugreg(self, vcpu: Vcpu, number: int, value: int, *_: int) -> int:
         """Put ``value`` into register ``number``."""
         vcpu.control |= written(vcpu.control, number, value)
+        self._xen.exceptions.breakpoints.note(vcpu)
         return 0
 
     def get_debugreg(self, vcpu: Vcpu, number: int, *_: int) -> int:

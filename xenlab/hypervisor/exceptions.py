@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.breakpoints import Breakpoints
 from xenlab.hypervisor.debug_registers import SINGLE_STEP
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.emulate import Values, carry_out
@@ -56,6 +57,7 @@ class Exceptions:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._traps, self._cpu = xen, xen.traps, xen.cpu
+        self.breakpoints = Breakpoints(xen)
         self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
         self._open = WritableTables(xen, self._refused_store).open
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
@@ -147,6 +149,8 @@ class Exceptions:
         if "cr0" in changes:
             set_task_switched(vcpu, bool(changes["cr0"] & CR0_TS))
         self._xen.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
+        if "dr7" in changes:
+            self.breakpoints.note(vcpu)
         if vcpu.state.eflags & TF and vcpu.state.eip != eip:
             vcpu.control["dr6"] |= SINGLE_STEP
             return DEBUG, 0, 0
