@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from test_memory_kernels import run
+from typer.testing import CliRunner
 
 from xenlab.abi.numbers import Shutdown
+from xenlab.cli.app import app
 from xenlab.hypervisor import auditor
 
 Compile = Callable[..., Path]
@@ -72,3 +74,15 @@ def test_declarations_of_these_kernels_are_xens(repository: Path, tmp_path: Path
     command = ["gcc", "-m32", "-ffreestanding", "-fsyntax-only", source]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("pae", [0, 1], ids=["two-level", "PAE"])
+def test_kernel_that_starts_like_a_test_framework(compile_kernel: Compile, pae: int) -> None:
+    """By the command, linked to address 0 as such kernels are: each line comes twice, by console_io and by the ring."""
+    kernel = compile_kernel("framework", pae=pae, base=0)
+    result = CliRunner().invoke(app, ["boot", str(kernel), "--memory", "16", "--max-instructions", "20000000"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        *["--- a kernel that starts like a test framework ---"] * 2,
+        *["Test result: SUCCESS"] * 2,
+    ]
