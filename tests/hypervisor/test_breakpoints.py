@@ -30,12 +30,14 @@ def armed(address: str, kind: int, size: int, number: int = 0) -> str:
 def play_on(request: pytest.FixtureRequest, play_source: Callable[..., str]) -> Callable[..., Any]:
     """Run a guest on either CPU; its first delivered exception: vector, frame, and the whole hypervisor."""
 
-    def run(probe: str, ring: int = 1, **parts: Any) -> Any:
+    def run(probe: str, ring: int = 1, whole: bool = False, **parts: Any) -> Any:
         xen = Hypervisor(Machine(4, portable=request.param), trace=Trace())
         domain = boot(xen, play_source(probe, ring, **parts))
         xen.run(2_000)
         assert xen.trace is not None
-        first = xen.trace.events(Kind.DELIVER)[0]
+        first = next(event for event in xen.trace.events() if event.kind in (Kind.DELIVER, Kind.GATE))
+        if whole:
+            return xen
         place = {address: name for name, address in domain.symbols.items()}
         assert domain.vcpus[0].watched == bool(domain.vcpus[0].control["dr7"] & 0xFF)
         return first.vector, place.get(first.words[0]), first.words[2] & 0x10000, domain.vcpus[0].control["dr6"] & 0xF
@@ -133,6 +135,16 @@ def test_each_round_of_a_repeated_instruction(play: Any) -> None:
     seen = play(probe, 1, udata=".skip 12")
     assert (seen.first.vector, seen.frame["eip"]) == (1, seen.label("there"))
     assert seen.word("seen", 8) == 4
+
+
+def test_together_with_single_steps(play_on: Any) -> None:
+    """DR6 names both; without the flag for steps it names the breakpoint alone."""
+    step = "pushf\n or dword ptr [esp], 0x100\n popf"
+    for flag, status in ((step, 0x4001), ("nop", 1)):
+        arm = armed("offset udata", 1, 4)
+        xen = play_on(f"{arm}\n {flag}\n mov [udata], al\n there: nop", udata=".long 0", whole=True)
+        (vcpu,) = xen.vcpus.values()
+        assert vcpu.control["dr6"] == 0xFFFF_0FF0 | status
 
 
 def test_in_an_application(play: Any) -> None:

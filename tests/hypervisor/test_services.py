@@ -18,8 +18,8 @@ from xenlab.abi.numbers import (
     Hypercall,
 )
 from xenlab.hypervisor.domain import Gate
-from xenlab.machine.cpu import NMI
 from xenlab.machine.paging import PagingMode
+from xenlab.machine.vectors import NMI
 
 IDLE = "start: jmp start"
 

@@ -24,9 +24,9 @@ import unicorn
 
 from xenlab.hypervisor.debug_registers import ENABLED
 from xenlab.hypervisor.domain import Vcpu
-from xenlab.machine.cpu import DEBUG
 from xenlab.machine.paging import READ, PageFault, walk
 from xenlab.machine.state import RF
+from xenlab.machine.vectors import DEBUG
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -40,13 +40,18 @@ _U32 = 0xFFFF_FFFF
 
 
 class Breakpoints:
-    """Runs guests, those with breakpoints one instruction at a time."""
+    """Runs guests, those with breakpoints one instruction at a time.
+
+    Attributes:
+        raised: whether the exception that is being handled is one of these, and not the end of a single step.
+    """
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._cpu, self._memory = xen, xen.cpu, xen.memory
         self._end: Callable[[], None] | None = None
         self._seen: list[tuple[int, int, bool]] = []
-        self._trapped = False
+        self._trapped, self._hits = False, 0
+        self.raised = False
         # Hits that wait for the instruction behind a load of SS: whose, and which.
         self._held: tuple[int, int] = (-1, 0)
 
@@ -80,24 +85,27 @@ class Breakpoints:
             self._end = self._cpu.engine.observe(lambda *_: None, self._accessed)
         shadow = loads_stack_segment(self._xen.guest_memory.read_code(vcpu, _LONGEST))
         held = self._held[1] if self._held[0] == vcpu.key else 0
-        watched = list(self._watched(vcpu))
-        self._execute()
+        self._execute(vcpu, held, list(self._watched(vcpu)))
         if self._trapped:
             return
         if flags & RF:
             state.eflags &= ~RF
-        held |= sum(1 << number for number, kind, machine, size in watched if self._touched(kind, machine, size))
-        if held and shadow:
-            self._held = vcpu.key, held
-        elif held:
-            self._raise(vcpu, held)
+        if self._hits and shadow:
+            self._held = vcpu.key, self._hits
+        elif self._hits:
+            self._raise(vcpu, self._hits)
 
-    def _execute(self) -> None:
-        """One instruction, with its accesses in ``_seen``, unless it traps."""
+    def _execute(self, vcpu: Vcpu, held: int, watched: list[tuple[int, int, int, int]]) -> None:
+        """One instruction, and what it hits, with ``held`` from before; nothing if it traps.
+
+        If the guest steps through its code, that trap comes behind the instruction, and says of hits too.
+        """
         handler = self._cpu.handler
 
         def trap(vector: int, error: int, address: int) -> None:
             self._trapped = True
+            if vector == DEBUG:
+                vcpu.control["dr6"] |= held | self._hit(watched)
             handler(vector, error, address)
 
         self._trapped, self._held = False, (-1, 0)
@@ -107,9 +115,14 @@ class Breakpoints:
             self._cpu.run_until(self._xen.now + 1)
         finally:
             self._cpu.handler = handler
+        self._hits = held | self._hit(watched)
+
+    def _hit(self, watched: list[tuple[int, int, int, int]]) -> int:
+        return sum(1 << number for number, kind, machine, size in watched if self._touched(kind, machine, size))
 
     def _raise(self, vcpu: Vcpu, hits: int) -> None:
         vcpu.control["dr6"] |= hits
+        self.raised = True
         self._cpu.handler(DEBUG, 0, 0)
 
     def _accessed(self, _engine: int, kind: int, machine: int, size: int, _value: int, _data: int) -> None:

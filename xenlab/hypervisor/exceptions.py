@@ -86,7 +86,8 @@ class Exceptions:
         elif vector == NO_DEVICE:
             set_task_switched(vcpu, False)
         elif vector == DEBUG:
-            vcpu.control["dr6"] |= SINGLE_STEP
+            vcpu.control["dr6"] |= 0 if self.breakpoints.raised else SINGLE_STEP
+            self.breakpoints.raised = False
         if vector == _DONE:
             return
         self._deliver(vcpu, vector, error, address)

@@ -145,6 +145,7 @@ class Services:
         domain.writable_tables = bool(domain.assists & 1 << VmAssistType.WRITABLE_PAGETABLES)
         for each in domain.vcpus:
             show_level(each)
+            set_gate(each)
         return 0
 
     def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:

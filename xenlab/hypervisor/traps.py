@@ -190,10 +190,11 @@ def _named(vector: int) -> str:
 def set_gate(vcpu: Vcpu) -> None:
     """Let the CPU itself take system calls to the handler that the guest registered, if a real gate may name it.
 
-    Not one that masks events on entry: the CPU cannot do that.
+    Not one that masks events on entry, nor for a guest that wants to see its I/O privilege level in frames: the CPU
+    can do neither.
     """
     gate = vcpu.traps[SYSTEM_CALL]
-    if gate is None or gate.masks_events or not gate_may_name(gate.cs):
+    if gate is None or gate.masks_events or is_architectural(vcpu) or not gate_may_name(gate.cs):
         vcpu.state.gate = None
         return
     code, stack = vcpu.flat_code.get(gate.cs), vcpu.flat_data.get(vcpu.kernel_ss)
