@@ -356,6 +356,27 @@ class TestSchedOp:
         assert [watchdog(0, 1), watchdog(2, 0), watchdog(0, 1)] == [1, 0, 2]
         assert bench.call(Hypercall.sched_op, SchedOp.WATCHDOG, END - 4) == -Errno.EFAULT
 
+    def test_a_watchdog_ends_a_domain_that_forgets_it(self, bench: Bench) -> None:
+        def watchdog(number: int, timeout: int) -> int:
+            return bench.call(Hypercall.sched_op, SchedOp.WATCHDOG, self.words(bench, number, timeout))
+
+        second, xen = 100_000_000, bench.xen
+        assert [watchdog(0, 1), watchdog(0, 5), watchdog(1, 3)] == [1, 2, 0]
+        bench.call(Hypercall.sched_op, SchedOp.BLOCK, 0)
+        start = xen.now
+        xen.run(3 * second - 1)
+        assert not bench.domain.ended
+        xen.run(second)
+        assert bench.domain.shutdown is Shutdown.WATCHDOG
+        assert xen.now == start + 3 * second
+
+    def test_a_watchdog_that_was_stopped_bites_nobody(self, bench: Bench) -> None:
+        for number, timeout in ((0, 1), (1, 0)):
+            bench.call(Hypercall.sched_op, SchedOp.WATCHDOG, self.words(bench, number, timeout))
+        bench.call(Hypercall.sched_op, SchedOp.BLOCK, 0)
+        bench.xen.run(300_000_000)
+        assert not bench.domain.ended
+
     @pytest.mark.parametrize(("processor", "answer"), [(0, 0), (1, -Errno.EINVAL), (0xFFFF_FFFF, 0)])
     def test_pin_override_is_for_the_control_domain(self, processor: int, answer: int, bench: Bench) -> None:
         pin = SchedOp.PIN_OVERRIDE

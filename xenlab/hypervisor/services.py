@@ -197,7 +197,7 @@ class Services:
         return 0
 
     def _watchdog(self, vcpu: Vcpu, address: int) -> int:
-        """Set, reset or stop one of the two watchdogs, which are counted and never bite."""
+        """Set, set again or stop one of the two watchdogs, which end the domain after so many seconds (`timers`)."""
         number, timeout = self._guest.read_words(vcpu, address, 2)
         domain = vcpu.domain
         if number > _WATCHDOGS or not (number or timeout) or (number and not domain.watchdogs >> number - 1 & 1):
@@ -207,9 +207,11 @@ class Services:
             if not number:
                 raise HypercallError(Errno.ENOSPC)
             domain.watchdogs |= 1 << number - 1
+            self._xen.timers.watch(domain.domid, number, timeout)
             return number
         if not timeout:
             domain.watchdogs &= ~(1 << number - 1)
+        self._xen.timers.watch(domain.domid, number, timeout)
         return 0
 
     def _pin_override(self, vcpu: Vcpu, address: int) -> int:

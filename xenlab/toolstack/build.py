@@ -17,7 +17,8 @@ import ctypes
 import struct
 from collections.abc import Iterator
 
-from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags
+from xenlab.abi.kernel_notes import Feature
+from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags, VmAssistType
 from xenlab.abi.structures import (
     COMMAND_LINE_BYTES,
     START_INFO_MAGIC,
@@ -75,6 +76,8 @@ def build(
         )
     domain = new_domain(hypervisor, image.name, image.mode, layout.total, privileged=privileged)
     domain.symbols.update(image.symbols)
+    if Feature.pae_pgdir_above_4gb in image.notes.supported:
+        domain.assists |= 1 << VmAssistType.PAE_EXTENDED_CR3
     builder = _Builder(hypervisor, image, layout, domain)
     builder.load_image()
     builder.write_p2m()

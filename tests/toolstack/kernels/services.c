@@ -58,6 +58,7 @@ static void check_features(void)
     same("features", features(0) & always, always);
     same("feature of the initial domain", features(0) >> XENFEAT_dom0 & 1, initial);
     answer("second word of features", features(1), -EINVAL);
+    same("page tables above 4 GiB, as the notes said", features(0) >> XENFEAT_pae_pgdir_above_4gb & 1, 1);
     answer("pae_extended_cr3", vm_assist(VMASST_CMD_enable, VMASST_TYPE_pae_extended_cr3), 0);
     same("page tables above 4 GiB", features(0) >> XENFEAT_pae_pgdir_above_4gb & 1, 1);
     answer("pae_extended_cr3 again", vm_assist(VMASST_CMD_disable, VMASST_TYPE_pae_extended_cr3), 0);
