@@ -194,10 +194,15 @@ class EventChannels:
     def _alloc_unbound(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """A port that the domain in the upper half of the first word may bind to."""
         domain, remote = self._domain(vcpu, words[0] & 0xFFFF), words[0] >> 16
-        port = _free_port(domain)
+        _free_port(domain)
         _check_control(vcpu, domain)
-        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=vcpu.domid if remote == DOMID_SELF else remote)
-        return (port,)
+        return (self.new_unbound(domain, vcpu.domid if remote == DOMID_SELF else remote),)
+
+    def new_unbound(self, domain: Domain, remote: int) -> int:
+        """A new port of ``domain`` that the domain ``remote`` may bind to."""
+        port = _free_port(domain)
+        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=remote)
+        return port
 
     def _bind_interdomain(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Connect a new port with one that the other domain has left unbound for this one."""

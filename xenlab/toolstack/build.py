@@ -40,6 +40,7 @@ from xenlab.toolstack.image import Image
 from xenlab.toolstack.notes import check
 from xenlab.toolstack.plan import Plan, plan
 
+_CONTROL = 0  # the domain in which the tools are
 _TABLE = PRESENT | RW | USER | ACCESSED
 _PAGE = PRESENT | ACCESSED | DIRTY
 
@@ -138,6 +139,9 @@ class _Builder:
         else:
             info.store_mfn, info.console_mfn = domain.frames[layout.store], domain.frames[layout.console]
             domain.store_mfn, domain.console_mfn = info.store_mfn, info.console_mfn
+            if self._image.notes.declared:
+                # The store has nobody behind it yet, and no port says so.
+                info.console_evtchn = self._xen.events.new_unbound(domain, _CONTROL)
         # The machine has no screen, and a page that is all zeros says so.
         self._store(layout.address(layout.start_info), bytes(info))
 

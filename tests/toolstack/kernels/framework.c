@@ -16,7 +16,7 @@ static void say(const char *text)
     while (left) {
         for (; left && console->out_prod - console->out_cons < sizeof console->out; left--)
             console->out[console->out_prod++ % sizeof console->out] = *text++;
-        hypercall(32, 4, (long)&port, 0);
+        failed += hypercall(32, 4, (long)&port, 0) != 0;
         while (console->out_cons != console->out_prod)
             hypercall(SCHED_OP, SCHEDOP_YIELD, 0, 0);
     }
