@@ -202,7 +202,7 @@ class Hypervisor:
             due = self.inputs.next_time()
             until = end if due is None else min(end, due)
             if self.current is not None:
-                self.cpu.run_until(until)
+                self.exceptions.breakpoints.advance(until)
             elif self.timers.due < NEVER:
                 # All sleep, and somebody has set an alarm: nothing happens until then.
                 self.cpu.instructions = min(until, self.timers.due)
@@ -343,6 +343,8 @@ class Hypervisor:
             self.slice_end = end
             if chosen is not before:
                 self.cpu.load(chosen.state)
+                if chosen.watched:
+                    self.cpu.stop()
                 self.tlb.counts[SWITCH] += 1
         self.pick_needed = False
         self.current = chosen

@@ -31,8 +31,6 @@ from typing import TYPE_CHECKING
 from xenlab.abi.numbers import (
     DOMID_SELF,
     VIRQS,
-    CallbackOp,
-    CallbackType,
     Errno,
     EvtchnOp,
     EvtchnStatus,
@@ -41,8 +39,7 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.descriptors import checked_selector
-from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Port, Vcpu
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
@@ -74,8 +71,7 @@ class EventChannels:
         self._xen, self._guest, self._traps = xen, xen.guest_memory, xen.traps
         self._bytes, self._words, self._cpu = xen.memory.bytes, xen.memory.words, xen.cpu
         xen.hypercalls.register(Hypercall.event_channel_op, self.event_channel_op)
-        xen.hypercalls.register(Hypercall.set_callbacks, self.set_callbacks)
-        xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
+        xen.hypercalls.register(Hypercall.event_channel_op_compat, self.event_channel_op_compat)
 
     # The upcall.
 
@@ -98,28 +94,6 @@ class EventChannels:
     def due(self, vcpu: Vcpu) -> bool:
         """Whether events are pending for ``vcpu`` and not masked."""
         return bool(self._bytes[vcpu.info]) and not self._bytes[vcpu.info + _UPCALL_MASK]
-
-    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, *_: int) -> int:
-        """Register the event callback, and one for a return that fails, which is never called here.
-
-        The hypervisor restores no segment register that a guest could have spoilt meanwhile.
-        """
-        vcpu.event_callback = _callback(event_cs, event_eip)
-        return 0
-
-    def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Register or unregister one callback; those for events and failed returns can only be replaced."""
-        if command not in (CallbackOp.REGISTER, CallbackOp.UNREGISTER):
-            raise HypercallError(Errno.ENOSYS)
-        kind = self._guest.read_word(vcpu, address) & 0xFFFF
-        if kind not in (CallbackType.EVENT, CallbackType.FAILSAFE):
-            raise HypercallError(Errno.ENOSYS)
-        if command == CallbackOp.UNREGISTER:
-            raise HypercallError(Errno.EINVAL)
-        _type, cs, eip = self._guest.read_words(vcpu, address, 3)
-        if kind == CallbackType.EVENT:
-            vcpu.event_callback = _callback(cs, eip)
-        return 0
 
     # The bits.
 
@@ -213,13 +187,22 @@ class EventChannels:
             self._guest.write_words(vcpu, address + 4 * (count - len(answer)), answer)
         return 0
 
+    def event_channel_op_compat(self, vcpu: Vcpu, address: int, *_: int) -> int:
+        """As it was before Xen 3.2: the command is the first word of the argument."""
+        return self.event_channel_op(vcpu, self._guest.read_word(vcpu, address), address + 4)
+
     def _alloc_unbound(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """A port that the domain in the upper half of the first word may bind to."""
         domain, remote = self._domain(vcpu, words[0] & 0xFFFF), words[0] >> 16
-        port = _free_port(domain)
+        _free_port(domain)
         _check_control(vcpu, domain)
-        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=vcpu.domid if remote == DOMID_SELF else remote)
-        return (port,)
+        return (self.new_unbound(domain, vcpu.domid if remote == DOMID_SELF else remote),)
+
+    def new_unbound(self, domain: Domain, remote: int) -> int:
+        """A new port of ``domain`` that the domain ``remote`` may bind to."""
+        port = _free_port(domain)
+        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=remote)
+        return port
 
     def _bind_interdomain(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Connect a new port with one that the other domain has left unbound for this one."""
@@ -326,10 +309,6 @@ class EventChannels:
         if found is None:
             raise HypercallError(Errno.ESRCH)
         return found
-
-
-def _callback(cs: int, eip: int) -> Gate:
-    return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
 
 
 def _checked(port: int) -> int:
