@@ -130,6 +130,16 @@ def test_fault_guests_bounce_one_a_round(source: str, vector: int) -> None:
     assert crossings == [(3, 1)] * 10
 
 
+@pytest.mark.parametrize("source", [guests.SYSCALL_DIRECT, guests.SYSCALL_BOUNCED])
+def test_system_calls_go_the_way_that_they_are_named_for(source: str) -> None:
+    xen = guests.hypervisor_with(source, traced=True)
+    assert xen.trace is not None
+    xen.trace.clear()
+    xen.run(10 * guests.SYSCALL_ROUND_INSTRUCTIONS)
+    kinds = [event.kind for event in xen.trace.events()]
+    assert kinds == ([Kind.GATE] * 10 if source is guests.SYSCALL_DIRECT else [Kind.TRAP, Kind.DELIVER] * 10)
+
+
 def test_yielding_guests_switch_once_a_round() -> None:
     xen = guests.hypervisor_with(guests.YIELD, guests.YIELD, traced=True)
     assert xen.trace is not None
@@ -153,6 +163,24 @@ def test_step_back_goes_back_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(past, "long_run", lambda: timeline)
     assert past.step_back()() > 0
     assert timeline.position == past._STRIDE % 100_000 - 1
+
+
+def test_scrubbing_goes_to_any_moment_of_a_run_of_sixteen_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(past, "SCRUB_INSTRUCTIONS", 400_000)
+    xen = past.wanderers()
+    monkeypatch.setattr(past, "wanderers", lambda: xen)
+    assert past.scrub()() > 0
+    place = xen.now
+    assert 0 < place < 400_000
+    assert past.scrub_worst()() > 0
+    assert xen.now != place
+    assert {event.to_vcpu // 32 for event in xen.trace.events(Kind.SWITCH)} == set(range(16))
+    assert not any(domain.ended for domain in xen.domains.values())
+
+
+def test_recording_is_measured_beside_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(past, "RECORDED_INSTRUCTIONS", 100_000)
+    assert 0 < past.recording()() < 10
 
 
 def test_computing_guest_does_not_trap() -> None:

@@ -21,6 +21,7 @@ from xenlab.errors import XenlabError
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.events import AT_MASK, AT_PENDING, AT_UPCALL, MASK_BEHIND, THROUGH, EventChannels
 from xenlab.hypervisor.parts import wrong
+from xenlab.hypervisor.trace import NO_DOMAIN, Kind
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -124,14 +125,17 @@ class SlottedEvents(EventChannels):
         super().__init__(xen)
         self.part: EventBits = part
 
-    def mark(self, domain: Domain, port: int) -> str:
+    def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         words = self.words(domain, port)
         answer = self._ask(domain, "send", port, *words, vcpu.run_state is RunState.BLOCKED)
         self._store(domain, port, vcpu, answer)
         if answer.get("wake"):
             self._wake(vcpu)
-        return _stopped(words, answer)
+        stopped = _stopped(words, answer)
+        if stopped != AT_PENDING:
+            self._wake_pollers(domain, port)
+        self._xen.record(Kind.EVENT, domain.domid, port, sender, stopped)
 
     def clear_mask(self, domain: Domain, port: int) -> None:
         vcpu = domain.vcpus[domain.ports[port].vcpu]

@@ -31,8 +31,6 @@ from typing import TYPE_CHECKING
 from xenlab.abi.numbers import (
     DOMID_SELF,
     VIRQS,
-    CallbackOp,
-    CallbackType,
     Errno,
     EvtchnOp,
     EvtchnStatus,
@@ -41,11 +39,11 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Port, Vcpu
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind
-from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
-from xenlab.machine.cpu import SOFTWARE
+from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.vectors import SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -59,7 +57,9 @@ _MOST_POLLED = 128
 _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
 _OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
-_UPCALL, _EVENT = int(Kind.UPCALL), int(Kind.EVENT)
+# Enum members as plain names: looking one up on its class costs more than what is done with it.
+_UPCALL, _EVENT, _SEND = int(Kind.UPCALL), int(Kind.EVENT), int(EvtchnOp.SEND)
+_VIRQ, _INTERDOMAIN, _IPI = EvtchnStatus.VIRQ, EvtchnStatus.INTERDOMAIN, EvtchnStatus.IPI
 # Where an event stopped: at a bit that was 1 already, at the port's mask, or not before the upcall was pending.
 AT_PENDING, AT_MASK, AT_SELECTOR, AT_UPCALL, THROUGH = "pending", "mask", "selector", "upcall", ""
 # What an operation gives back: the last words of its argument, as they are written to the guest.
@@ -71,18 +71,18 @@ class EventChannels:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._guest, self._traps = xen, xen.guest_memory, xen.traps
-        self._bytes, self._words = xen.memory.bytes, xen.memory.words
+        self._bytes, self._words, self._cpu = xen.memory.bytes, xen.memory.words, xen.cpu
         xen.hypercalls.register(Hypercall.event_channel_op, self.event_channel_op)
-        xen.hypercalls.register(Hypercall.set_callbacks, self.set_callbacks)
-        xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
+        xen.hypercalls.register(Hypercall.event_channel_op_compat, self.event_channel_op_compat)
 
     # The upcall.
 
     def upcall(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` enter its callback if it has events pending and takes them; ended if it cannot be entered."""
-        if not self.due(vcpu) or vcpu.event_callback is None:
+        at = vcpu.info
+        if not self._bytes[at] or self._bytes[at + _UPCALL_MASK] or vcpu.event_callback is None:
             return
-        if vcpu.opened_at == self._xen.now:
+        if vcpu.opened_at == self._cpu.instructions:
             return  # the store that a page table was opened for comes first, and the next trap after it
         try:
             done = self._traps.deliver(vcpu, EVENT, SOFTWARE, 0)
@@ -97,48 +97,26 @@ class EventChannels:
         """Whether events are pending for ``vcpu`` and not masked."""
         return bool(self._bytes[vcpu.info]) and not self._bytes[vcpu.info + _UPCALL_MASK]
 
-    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, *_: int) -> int:
-        """Register the event callback, and one for a return that fails, which is never called here.
-
-        The hypervisor restores no segment register that a guest could have spoilt meanwhile.
-        """
-        vcpu.event_callback = _callback(event_cs, event_eip)
-        return 0
-
-    def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Register or unregister one callback; those for events and failed returns can only be replaced."""
-        if command not in (CallbackOp.REGISTER, CallbackOp.UNREGISTER):
-            raise HypercallError(Errno.ENOSYS)
-        kind = self._guest.read_word(vcpu, address) & 0xFFFF
-        if kind not in (CallbackType.EVENT, CallbackType.FAILSAFE):
-            raise HypercallError(Errno.ENOSYS)
-        if command == CallbackOp.UNREGISTER:
-            raise HypercallError(Errno.EINVAL)
-        _type, cs, eip = self._guest.read_words(vcpu, address, 3)
-        if kind == CallbackType.EVENT:
-            vcpu.event_callback = _callback(cs, eip)
-        return 0
-
     # The bits.
 
     def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
         """An event for ``domain`` at ``port``, which is in use, from the domain ``sender`` or from the hypervisor."""
-        stopped = self.mark(domain, port)
+        # `_place`, spelled out: this is done for every event.
+        words, bit = self._words, 1 << (port & 31)
+        at = (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5)
+        pending, stopped = words[at], AT_PENDING
+        if not pending & bit:
+            words[at] = pending | bit
+            stopped = AT_MASK if words[at + MASK_BEHIND] & bit else self._select(domain, port)
+            self._wake_pollers(domain, port)
         record = self._xen.recorder
         if record is not None:
-            record((self._xen.now, _EVENT, domain.domid, port, sender, stopped))
-        if stopped != AT_PENDING:
-            for vcpu in domain.vcpus:
-                if vcpu.polling in (ANY_PORT, port):
-                    self._wake(vcpu)
+            record((self._cpu.instructions, _EVENT, domain.domid, port, sender, stopped))
 
-    def mark(self, domain: Domain, port: int) -> str:
-        """Set the bits for an event, each only if the one before was 0; where that stopped."""
-        at, bit = self._place(domain, port)
-        if self._words[at] & bit:
-            return AT_PENDING
-        self._words[at] |= bit
-        return AT_MASK if self._words[at + MASK_BEHIND] & bit else self._select(domain, port)
+    def _wake_pollers(self, domain: Domain, port: int) -> None:
+        for vcpu in domain.vcpus:
+            if vcpu.polling and vcpu.polling in (ANY_PORT, port):
+                self._wake(vcpu)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
@@ -147,9 +125,10 @@ class EventChannels:
     def _select(self, domain: Domain, port: int) -> str:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         at, bit = vcpu.info + _SELECTOR >> 2, 1 << (port >> 5)
-        if self._words[at] & bit:
+        selected = self._words[at]
+        if selected & bit:
             return AT_SELECTOR
-        self._words[at] |= bit
+        self._words[at] = selected | bit
         if self._bytes[vcpu.info] & 1:
             return AT_UPCALL
         self._bytes[vcpu.info] |= 1
@@ -206,6 +185,9 @@ class EventChannels:
 
     def event_channel_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Do one command of event_channel.h, with its argument at ``address``."""
+        if command == _SEND:  # the shortest way, since it is taken most
+            self.send(vcpu.domain, self._guest.read_words(vcpu, address, 1)[0])
+            return 0
         if command not in _OPERATIONS:
             raise HypercallError(Errno.ENOSYS)
         count, operation = _OPERATIONS[command]
@@ -217,13 +199,22 @@ class EventChannels:
             self._guest.write_words(vcpu, address + 4 * (count - len(answer)), answer)
         return 0
 
+    def event_channel_op_compat(self, vcpu: Vcpu, address: int, *_: int) -> int:
+        """As it was before Xen 3.2: the command is the first word of the argument."""
+        return self.event_channel_op(vcpu, self._guest.read_word(vcpu, address), address + 4)
+
     def _alloc_unbound(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """A port that the domain in the upper half of the first word may bind to."""
         domain, remote = self._domain(vcpu, words[0] & 0xFFFF), words[0] >> 16
-        port = _free_port(domain)
+        _free_port(domain)
         _check_control(vcpu, domain)
-        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=vcpu.domid if remote == DOMID_SELF else remote)
-        return (port,)
+        return (self.new_unbound(domain, vcpu.domid if remote == DOMID_SELF else remote),)
+
+    def new_unbound(self, domain: Domain, remote: int) -> int:
+        """A new port of ``domain`` that the domain ``remote`` may bind to."""
+        port = _free_port(domain)
+        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=remote)
+        return port
 
     def _bind_interdomain(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Connect a new port with one that the other domain has left unbound for this one."""
@@ -277,22 +268,18 @@ class EventChannels:
         at, bit = self._place(domain, port)
         self._words[at] &= ~bit
 
-    def _send(self, vcpu: Vcpu, words: _Answer) -> _Answer:
-        self.send(vcpu.domain, words[0])
-        return ()
-
     def send(self, domain: Domain, port: int) -> None:
         """An event from ``domain`` through its ``port``; nobody hears it while that is unbound.
 
         Raises:
             HypercallError: EINVAL for a port that cannot send.
         """
-        found = domain.ports.get(_checked(port))
-        if found is None or found.status == EvtchnStatus.VIRQ:
+        found = domain.ports.get(port)
+        if found is None or found.status is _VIRQ:
             raise HypercallError(Errno.EINVAL)
-        if found.status == EvtchnStatus.INTERDOMAIN:
+        if found.status is _INTERDOMAIN:
             self.set_pending(self._xen.domains[found.remote], found.remote_port, domain.domid)
-        elif found.status == EvtchnStatus.IPI:
+        elif found.status is _IPI:
             self.set_pending(domain, port, domain.domid)
 
     def _status(self, vcpu: Vcpu, words: _Answer) -> _Answer:
@@ -340,10 +327,6 @@ class EventChannels:
         return found
 
 
-def _callback(cs: int, eip: int) -> Gate:
-    return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
-
-
 def _checked(port: int) -> int:
     if port >= PORTS:
         raise HypercallError(Errno.EINVAL)
@@ -384,7 +367,6 @@ _OPERATIONS: dict[int, tuple[int, Callable[[EventChannels, Vcpu, _Answer], _Answ
     EvtchnOp.BIND_INTERDOMAIN: (3, EventChannels._bind_interdomain),
     EvtchnOp.BIND_VIRQ: (3, EventChannels._bind_virq),
     EvtchnOp.CLOSE: (1, EventChannels._close),
-    EvtchnOp.SEND: (1, EventChannels._send),
     EvtchnOp.STATUS: (6, EventChannels._status),
     EvtchnOp.ALLOC_UNBOUND: (2, EventChannels._alloc_unbound),
     EvtchnOp.BIND_IPI: (2, EventChannels._bind_ipi),
