@@ -19,6 +19,7 @@ events pending is made to enter its callback (`events`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Shutdown
@@ -44,7 +45,6 @@ from xenlab.hypervisor.page_tables import PageTables
 from xenlab.hypervisor.page_types import FrameTypes, PageTypes
 from xenlab.hypervisor.parts import wrong
 from xenlab.hypervisor.preemption import Allowance, Continuation
-from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.reservations import Reservations
 from xenlab.hypervisor.result import RunResult as RunResult
 from xenlab.hypervisor.result import Stop as Stop
@@ -56,7 +56,6 @@ from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
 from xenlab.hypervisor.vcpu_op import VcpuOps
-from xenlab.machine.gates import Passage
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT
 
@@ -147,7 +146,7 @@ class Hypervisor:
         """The mechanisms of paper 3.3.3 and 3.3.4, each in a file of its own."""
         self.frames = FrameTable(self.memory)
         self.page_types = page_types or FrameTypes(self.frames)
-        self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), self._record_flush)
+        self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), partial(self._record_here, Kind.FLUSH))
         self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
         self.descriptor_tables = DescriptorTables(self)
         self.page_tables = self.reservations.tables = PageTables(
@@ -158,7 +157,7 @@ class Hypervisor:
             self.descriptor_tables.check_frame,
             self.reservations.release,
             self.allowance,
-            self._record_refused,
+            partial(self._record_here, Kind.REFUSED),
         )
         self.shared_pages = SharedPages(self.memory, self.frames)
         self.mmu = Mmu(self)
@@ -167,11 +166,8 @@ class Hypervisor:
     def _forget_code(self, mfn: int) -> None:
         self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
 
-    def _record_flush(self, reason: str, address: int) -> None:
-        self.record(Kind.FLUSH, self.current.domid if self.current else NO_DOMAIN, reason, address)
-
-    def _record_refused(self, table: int, index: int, entry: int, errno: int) -> None:
-        self.record(Kind.REFUSED, self.current.domid if self.current else NO_DOMAIN, table, index, entry, errno)
+    def _record_here(self, kind: Kind, *values: Any) -> None:
+        self.record(kind, self.current.domid if self.current else NO_DOMAIN, *values)
 
     @property
     def trace(self) -> Trace | None:
@@ -182,10 +178,8 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
-        self.cpu.gates.watcher = self._record_gate if trace is not None else None
-
-    def _record_gate(self, vector: int, passage: Passage) -> None:
-        self.record(Kind.GATE, self.current.domid if self.current else NO_DOMAIN, vector, *passage)
+        watcher = lambda vector, passage: self._record_here(Kind.GATE, vector, *passage)  # noqa: E731
+        self.cpu.gates.watcher = watcher if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -380,9 +374,7 @@ class Hypervisor:
 
     def crash(self, vcpu: Vcpu, reason: str) -> None:
         """End the domain of ``vcpu`` for a fault of its own, with a report."""
-        self.record(Kind.CRASH, vcpu.domain.domid, reason)
-        vcpu.domain.report = crash_report(self, vcpu, reason)
-        self.shut_down(vcpu.domain, Shutdown.CRASH)
+        lifecycle.crash(self, vcpu, reason)
 
     def forget_caches(self) -> None:
         """Empty what the CPU caches of the guests' memory: what a machine that was put back does not have."""

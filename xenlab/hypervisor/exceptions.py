@@ -79,18 +79,26 @@ class Exceptions:
             record((now, _TRAP, vcpu.domid, vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3))
         if error == SOFTWARE:
             vector, error = self._traps.software_interrupt(vcpu, vector)
-        elif vector == PROTECTION and error == 0:
-            vector, error, address = self._emulate(vcpu)
-        elif vector == INVALID_OPCODE:
-            vector, error, address = self._forced(vcpu)
-        elif vector == NO_DEVICE:
+        elif vector != PAGE_FAULT:
+            vector, error, address = self._looked_into(vcpu, vector, error, address)
+            if vector == _DONE:
+                return
+        self._deliver(vcpu, vector, error, address)
+
+    def _looked_into(self, vcpu: Vcpu, vector: int, error: int, address: int) -> tuple[int, int, int]:
+        """What is left for the guest of an exception that may be the hypervisor's affair: vector, error and address."""
+        if vector == PROTECTION and error == 0:
+            left = self._emulate(vcpu)
+            # As it came, if nothing was done: a touch of the hypervisor's range has an address.
+            return (vector, error, address) if left[0] == PROTECTION else left
+        if vector == INVALID_OPCODE:
+            return self._forced(vcpu)
+        if vector == NO_DEVICE:
             set_task_switched(vcpu, False)
         elif vector == DEBUG:
             vcpu.control["dr6"] |= 0 if self.breakpoints.raised else SINGLE_STEP
             self.breakpoints.raised = False
-        if vector == _DONE:
-            return
-        self._deliver(vcpu, vector, error, address)
+        return vector, error, address
 
     def fpu_taskswitch(self, vcpu: Vcpu, on: int, *_: int) -> int:
         """Have the next floating-point instruction raise #NM, or not, as a kernel wants that switches applications."""
