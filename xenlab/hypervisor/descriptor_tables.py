@@ -104,6 +104,7 @@ class DescriptorTables:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._memory, self._guest, self._frames = xen, xen.memory, xen.guest_memory, xen.frames
+        xen.traps.segments.page_in = self.page_in_ldt
         xen.hypercalls.register(Hypercall.set_gdt, self.set_gdt)
         xen.hypercalls.register(Hypercall.update_descriptor, self.update_descriptor)
 

@@ -31,7 +31,7 @@ from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.port_io import Faulted, carry_out_port
 from xenlab.hypervisor.preemption import Preempted
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable
+from xenlab.hypervisor.traps import BadReturn, Undeliverable
 from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
 from xenlab.hypervisor.writable_tables import WritableTables
 from xenlab.machine.memory import PAGE_SHIFT
@@ -105,11 +105,15 @@ class Exceptions:
         set_task_switched(vcpu, bool(on))
         return 0
 
-    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
+    def refuse_return(self, vcpu: Vcpu, fault: BadReturn) -> None:
+        """An ``iret`` to a segment that cannot be loaded: to the guest, its target raised the exception."""
+        self._deliver(vcpu, fault.vector, fault.error, 0, fault)
+
+    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int, fault: BadReturn | None = None) -> None:
         try:
-            done = self._traps.deliver(vcpu, vector, error, address)
+            done = self._traps.deliver(vcpu, vector, error, address, fault.interrupted if fault else None)
         except Undeliverable as reason:
-            self._xen.crash(vcpu, str(reason))
+            self._xen.crash(vcpu, f"{fault}; {reason}" if fault else str(reason))
             return
         record = self._xen.recorder
         if record is not None:
