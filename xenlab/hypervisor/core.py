@@ -178,8 +178,7 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
-        watcher = lambda vector, passage: self._record_here(Kind.GATE, vector, *passage)  # noqa: E731
-        self.cpu.gates.watcher = watcher if trace is not None else None
+        self.cpu.gates.watcher = partial(self._record_here, Kind.GATE) if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -356,6 +355,8 @@ class Hypervisor:
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
             if chosen is not None:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
+        if chosen is not None and chosen.failing:
+            self.exceptions.segment_registers.go_on(chosen)
         if chosen is not None and chosen.event_callback is not None and self._bytes[chosen.info]:
             self._upcall(chosen)
 

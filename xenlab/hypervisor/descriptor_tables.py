@@ -140,6 +140,7 @@ class DescriptorTables:
         self._drop_all(vcpu.domain, vcpu.gdt)
         vcpu.gdt = frames
         self._xen.tlb.flush(DESCRIPTORS)
+        self._xen.exceptions.segment_registers.reload(vcpu.domain)
         return 0
 
     def _take(self, domain: Domain, mfn: int) -> None:
@@ -178,6 +179,8 @@ class DescriptorTables:
         self._memory.qwords[address >> 3] = value
         self._xen.page_tables.drop(domain, mfn, use)
         self._xen.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
+        if use == Use.DESCRIPTORS:
+            self._xen.exceptions.segment_registers.reload(domain)
         return 0
 
     def set_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
@@ -188,6 +191,7 @@ class DescriptorTables:
         self.forget_ldt(vcpu)
         vcpu.ldt = address, entries
         vcpu.state.set_ldt(LDT_BASE if entries else 0, max(entries * DESCRIPTOR_SIZE - 1, 0))
+        self._xen.exceptions.segment_registers.reload(vcpu.domain)
 
     def forget_ldt(self, vcpu: Vcpu) -> None:
         """Drop the pages of the LDT that the CPU has asked for."""

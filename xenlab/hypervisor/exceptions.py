@@ -30,6 +30,7 @@ from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.port_io import Faulted, carry_out_port
 from xenlab.hypervisor.preemption import Preempted
+from xenlab.hypervisor.segment_registers import SegmentRegisters
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import BadReturn, Undeliverable
 from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
@@ -60,6 +61,7 @@ class Exceptions:
         self.breakpoints = Breakpoints(xen)
         self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
         self._open = WritableTables(xen, self._refused_store).open
+        self.segment_registers = SegmentRegisters(xen, self._deliver)
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
 
     def handle(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
@@ -119,7 +121,7 @@ class Exceptions:
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
+        if (address or vector == PAGE_FAULT) and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:

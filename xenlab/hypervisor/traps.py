@@ -33,7 +33,7 @@ from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.gates import TrapGate
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import USER_WRITE
-from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
+from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM, Segment
 from xenlab.machine.vectors import (
     BREAKPOINT,
     NOT_PRESENT,
@@ -129,9 +129,7 @@ class TrapDelivery:
         if to_ring < ring:
             if vcpu.kernel_ss & 3 == to_ring:
                 stack = vcpu.flat_data.get(vcpu.kernel_ss)
-            stack = stack or self.segments.stack(vcpu, vcpu.kernel_ss, to_ring)
-            if stack is None:
-                raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
+            stack = stack or self.entry_stack(vcpu, to_ring)
             words: tuple[int, ...] = (eip, cs, saved_flags, esp, ss)
             esp, base = vcpu.kernel_esp, stack.base
         elif to_ring > ring:
@@ -154,6 +152,29 @@ class TrapDelivery:
         if gate.masks_events:
             self.set_event_mask(vcpu, 1)
         return ring, to_ring, gate.eip, frame, words
+
+    def entry_code(self, vcpu: Vcpu, selector: int) -> Segment | None:
+        """The code segment of a handler, or None where it cannot be entered."""
+        return vcpu.flat_code.get(selector) or self.segments.code(vcpu, selector)
+
+    def entry_stack(self, vcpu: Vcpu, ring: int) -> Segment:
+        """The stack segment for entries from outer rings into ``ring``.  Raises Undeliverable."""
+        stack = vcpu.flat_data.get(vcpu.kernel_ss) if vcpu.kernel_ss & 3 == ring else None
+        stack = stack or self.segments.stack(vcpu, vcpu.kernel_ss, ring)
+        if stack is None:
+            raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
+        return stack
+
+    def saved(self, vcpu: Vcpu, cs: int, flags: int) -> tuple[int, int]:
+        """CS and EFLAGS as they stand in a frame, with the event mask in them."""
+        mask = self._bytes[vcpu.info + _UPCALL_MASK] & 1
+        return cs | mask << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS | (0 if mask else IF) | vcpu.shown_level
+
+    def go_to(self, vcpu: Vcpu, gate: Gate, code: Segment, flags: int, frame: int, stack: Segment | None) -> None:
+        """Go on at a gate's handler, with its frame on the stack."""
+        vcpu.state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY, frame, stack)
+        if gate.masks_events:
+            self.set_event_mask(vcpu, 1)
 
     def iret(self, vcpu: Vcpu) -> tuple[int, int]:
         """The ``iret`` hypercall: return from a handler to the frame on the stack.
@@ -203,9 +224,8 @@ class TrapDelivery:
     def _refuse_virtual_8086(self, vcpu: Vcpu, words: tuple[int, ...]) -> None:
         """A return to virtual-8086 mode is #GP at its first instruction, on the kernel's stack."""
         gate, flags, frame = vcpu.traps[PROTECTION], words[2], vcpu.kernel_esp - 40 & 0xFFFF_FFFF
-        code = self.segments.code(vcpu, gate.cs) if gate else None
-        stack = self.segments.stack(vcpu, vcpu.kernel_ss, KERNEL_RING)
-        if gate is None or code is None or stack is None or code.selector & 3 != KERNEL_RING:
+        code, stack = self.entry_code(vcpu, gate.cs) if gate else None, self.entry_stack(vcpu, KERNEL_RING)
+        if gate is None or code is None or code.selector & 3 != KERNEL_RING:
             raise Undeliverable("iret to virtual-8086 mode, and no handler of #GP that can be entered")
         try:
             self._guest.write(vcpu, stack.base + frame & 0xFFFF_FFFF, pack("<10I", 0, *words))
