@@ -48,6 +48,7 @@ SERVED = {
     Hypercall.physdev_op,
     Hypercall.physdev_op_compat,
     Hypercall.nmi_op,
+    Hypercall.fpu_taskswitch,
     Hypercall.set_debugreg,
     Hypercall.get_debugreg,
     Hypercall.platform_op,

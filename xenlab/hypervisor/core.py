@@ -147,7 +147,7 @@ class Hypervisor:
         self.frames = FrameTable(self.memory)
         self.page_types = page_types or FrameTypes(self.frames)
         self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), partial(self._record_here, Kind.FLUSH))
-        self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
+        self.reservations = Reservations(self.frames, self.tlb, self.domains, self.cpu.forget_code)
         self.descriptor_tables = DescriptorTables(self)
         self.page_tables = self.reservations.tables = PageTables(
             self.memory,
@@ -162,9 +162,6 @@ class Hypervisor:
         self.shared_pages = SharedPages(self.memory, self.frames)
         self.mmu = Mmu(self)
         self.memory_ops = MemoryOps(self)
-
-    def _forget_code(self, mfn: int) -> None:
-        self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
 
     def _record_here(self, kind: Kind, *values: Any) -> None:
         self.record(kind, self.current.domid if self.current else NO_DOMAIN, *values)
@@ -357,7 +354,7 @@ class Hypervisor:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
         if chosen is not None and chosen.failing:
             self.exceptions.segment_registers.go_on(chosen)
-        if chosen is not None and chosen.event_callback is not None and self._bytes[chosen.info]:
+        if chosen is not None and not self.pick_needed and chosen.event_callback is not None:
             self._upcall(chosen)
 
     def _wrong_pick(self, found: object) -> PartError:

@@ -46,6 +46,7 @@ _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
 # So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
 _TRIPLE = 3
+_OF_FETCHES = frozenset((PAGE_FAULT, PROTECTION))
 _USER_ACCESS = 4  # in a page fault's error code
 _USER_RING = 3
 _READ_COUNTER = b"\x0f\x33"  # RDPMC
@@ -121,7 +122,7 @@ class Exceptions:
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if (address or vector == PAGE_FAULT) and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
+        if vector in _OF_FETCHES and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:

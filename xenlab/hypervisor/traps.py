@@ -204,6 +204,8 @@ class TrapDelivery:
             ss &= 0xFFFF
             stack = vcpu.flat_data.get(ss) if ss & 3 == ring else None
             stack = stack or self.segments.stack(vcpu, ss, ring)
+        if is_architectural(vcpu):
+            set_level(vcpu, flags >> LEVEL_SHIFT & 3)
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
         code = vcpu.flat_code.get(cs) or self.segments.code(vcpu, cs)
         if code is None or (stack is None and ring > from_ring):
@@ -211,8 +213,6 @@ class TrapDelivery:
             raise BadReturn(*fault, eax, (esp, eip, flags & _RETURNED_FLAGS | IF, ring, cs, ss))
         if ring > from_ring:
             self._clear_inner_segments(vcpu, ring)
-        if is_architectural(vcpu):
-            set_level(vcpu, flags >> LEVEL_SHIFT & 3)
         state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         return ring, eax
 
