@@ -147,7 +147,7 @@ class Hypervisor:
         self.frames = FrameTable(self.memory)
         self.page_types = page_types or FrameTypes(self.frames)
         self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), partial(self._record_here, Kind.FLUSH))
-        self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
+        self.reservations = Reservations(self.frames, self.tlb, self.domains, self.cpu.forget_code)
         self.descriptor_tables = DescriptorTables(self)
         self.page_tables = self.reservations.tables = PageTables(
             self.memory,
@@ -163,9 +163,6 @@ class Hypervisor:
         self.mmu = Mmu(self)
         self.memory_ops = MemoryOps(self)
 
-    def _forget_code(self, mfn: int) -> None:
-        self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
-
     def _record_here(self, kind: Kind, *values: Any) -> None:
         self.record(kind, self.current.domid if self.current else NO_DOMAIN, *values)
 
@@ -178,8 +175,7 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
-        watcher = lambda vector, passage: self._record_here(Kind.GATE, vector, *passage)  # noqa: E731
-        self.cpu.gates.watcher = watcher if trace is not None else None
+        self.cpu.gates.watcher = partial(self._record_here, Kind.GATE) if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -356,7 +352,9 @@ class Hypervisor:
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
             if chosen is not None:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
-        if chosen is not None and chosen.event_callback is not None and self._bytes[chosen.info]:
+        if chosen is not None and chosen.failing:
+            self.exceptions.segment_registers.go_on(chosen)
+        if chosen is not None and not self.pick_needed and chosen.event_callback is not None:
             self._upcall(chosen)
 
     def _wrong_pick(self, found: object) -> PartError:

@@ -30,8 +30,9 @@ from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.port_io import Faulted, carry_out_port
 from xenlab.hypervisor.preemption import Preempted
+from xenlab.hypervisor.segment_registers import SegmentRegisters
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable
+from xenlab.hypervisor.traps import BadReturn, Undeliverable
 from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
 from xenlab.hypervisor.writable_tables import WritableTables
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
@@ -45,6 +46,7 @@ _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
 # So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
 _TRIPLE = 3
+_OF_FETCHES = frozenset((PAGE_FAULT, PROTECTION))
 _USER_ACCESS = 4  # in a page fault's error code
 _USER_RING = 3
 _READ_COUNTER = b"\x0f\x33"  # RDPMC
@@ -63,6 +65,7 @@ class Exceptions:
         self.breakpoints = Breakpoints(xen)
         self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
         self._open = WritableTables(xen, self._refused_store).open
+        self.segment_registers = SegmentRegisters(xen, self._deliver)
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
 
     def handle(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
@@ -108,17 +111,21 @@ class Exceptions:
         set_task_switched(vcpu, bool(on))
         return 0
 
-    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
+    def refuse_return(self, vcpu: Vcpu, fault: BadReturn) -> None:
+        """An ``iret`` to a segment that cannot be loaded: to the guest, its target raised the exception."""
+        self._deliver(vcpu, fault.vector, fault.error, 0, fault)
+
+    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int, fault: BadReturn | None = None) -> None:
         try:
-            done = self._traps.deliver(vcpu, vector, error, address)
+            done = self._traps.deliver(vcpu, vector, error, address, fault.interrupted if fault else None)
         except Undeliverable as reason:
-            self._xen.crash(vcpu, str(reason))
+            self._xen.crash(vcpu, f"{fault}; {reason}" if fault else str(reason))
             return
         record = self._xen.recorder
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
+        if vector in _OF_FETCHES and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from xenlab.hypervisor.domain import VECTORS, Domain, Vcpu
 from xenlab.hypervisor.physdev import PhysicalDevices, show_level
 from xenlab.hypervisor.preemption import Continuation
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable, gates_from_table, set_gate
+from xenlab.hypervisor.traps import BadReturn, Undeliverable, gates_from_table, set_gate
 from xenlab.hypervisor.version import Version
 from xenlab.machine.memory import PAGE_SIZE
 
@@ -95,6 +95,9 @@ class Services:
         """Return from an exception handler; the answer is the EAX that the frame held."""
         try:
             ring, eax = self._xen.traps.iret(vcpu)
+        except BadReturn as fault:
+            self._xen.exceptions.refuse_return(vcpu, fault)
+            return fault.eax
         except Undeliverable as reason:
             self._xen.crash(vcpu, str(reason))
             return 0
