@@ -37,7 +37,7 @@ from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
 from xenlab.hypervisor.writable_tables import WritableTables
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.state import CR0_TS, TF
-from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NMI, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -114,6 +114,13 @@ class Exceptions:
     def refuse_return(self, vcpu: Vcpu, fault: BadReturn) -> None:
         """An ``iret`` to a segment that cannot be loaded: to the guest, its target raised the exception."""
         self._deliver(vcpu, fault.vector, fault.error, 0, fault)
+
+    def take_nmi(self, vcpu: Vcpu) -> None:
+        """Let ``vcpu`` enter its handler if an NMI was sent to it and it is not in it; without one the NMI is lost."""
+        if vcpu.nmi_pending and not vcpu.nmi_masked:
+            vcpu.nmi_pending, vcpu.nmi_masked = False, vcpu.traps[NMI] is not None
+            if vcpu.nmi_masked:
+                self._deliver(vcpu, NMI, SOFTWARE, 0)
 
     def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int, fault: BadReturn | None = None) -> None:
         try:

@@ -102,6 +102,8 @@ class Services:
             self._xen.crash(vcpu, str(reason))
             return 0
         self._xen.record(Kind.IRET, vcpu.domain.domid, ring, vcpu.state.eip)
+        vcpu.nmi_masked = False
+        self._xen.exceptions.take_nmi(vcpu)
         return eax
 
     def console_io(self, vcpu: Vcpu, command: int, count: int, address: int, *_: int) -> int:
