@@ -64,8 +64,8 @@ class TestClocks:
     def test_a_guest_computes_the_time_to_the_nanosecond(self, mode: PagingMode) -> None:
         xen, (reader, *_others) = machine(READER, SPIN, SPIN, mode=mode)
         before = 0
-        for _ in range(5):
-            xen.run(7 * MS + 13)
+        for _ in range(8):
+            xen.run(11 * MS + 13)
             if xen.current is reader.vcpus[0]:
                 rounds = word(reader, xen, "rounds")
                 while word(reader, xen, "rounds") == rounds:
