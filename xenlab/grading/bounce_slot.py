@@ -71,7 +71,7 @@ class BounceSlot:
         assert self._part is not None
         name = f"frame for {vector_name(asked.trap['vector'])}"
         # Copies: a part that changes what it was given must not change the machine.
-        trap, registers, gate, kernel = map(dict, (asked.trap, asked.registers, asked.gate, asked.kernel))
+        trap, registers, gate, kernel = (dict(each) for each in (asked.trap, asked.registers, asked.gate, asked.kernel))
         try:
             with patience(ANSWER_SECONDS):
                 return _encoded(self._part.frame(trap, registers, gate, kernel, writable), name)

@@ -109,10 +109,8 @@ class PageFaultBounce:
         masked, flags = asked.kernel["event_mask"], asked.registers["eflags"]
         truth = dict(asked.registers) | {"eflags": flags & ~IF if masked else flags | IF}
         truth[self.agreement.mask_word] |= masked << self.agreement.mask_bit
-        truth |= {
-            "error": asked.trap.get("error", *self.agreement.no_error or (0,)),
-            "address": asked.trap.get("address", 0),
-        }
+        filler = self.agreement.no_error[0] if self.agreement.no_error else 0
+        truth |= {"error": asked.trap.get("error", filler), "address": asked.trap.get("address", 0)}
         return [truth[name] for name in names]
 
     def _entered(self, asked: Bounced, words: int) -> dict[str, int]:
