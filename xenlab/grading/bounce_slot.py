@@ -9,7 +9,7 @@ was on the stack.  What breaks without it: an answer is judged by the memory of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class BounceSlot:
 
     def __init__(self, sink: Sink, part: Bounce | None = None) -> None:
         self._sink, self._part = sink, part
-        self.now = lambda: 0
+        self.now: Callable[[], int] = lambda: 0
         self.asked: list[Bounced] = []
 
     def frame(
