@@ -22,10 +22,9 @@ from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.domain import Gate, Vcpu
 from xenlab.hypervisor.parts import is_mapping, wrong
 from xenlab.hypervisor.traps import EVENT, Delivery, Interrupted, Undeliverable
-from xenlab.machine.cpu import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.paging import USER_WRITE
 from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM, Segment
-from xenlab.machine.vectors import vector_name
+from xenlab.machine.vectors import PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE, vector_name
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor

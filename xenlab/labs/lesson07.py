@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import process_time_ns
 
 from xenlab import guests
@@ -25,6 +26,7 @@ from xenlab.labs.trap_guests import (
     KERNEL,
     MASKS_EVENTS,
     NOWHERE,
+    PREPARED,
     SLOW_CALL,
     SYSTEM_CALL,
     Row,
@@ -32,8 +34,9 @@ from xenlab.labs.trap_guests import (
     skipping,
     trapping,
 )
-from xenlab.machine.cpu import PAGE_FAULT
+from xenlab.machine.disassembler import disassemble
 from xenlab.machine.machine import Machine
+from xenlab.machine.vectors import PAGE_FAULT
 from xenlab.timeline import Timeline
 from xenlab.toolstack import boot
 from xenlab.views.frames import Choice, FrameBuilder
@@ -42,7 +45,7 @@ from xenlab.views.story import frame_words, short_vector, symbol
 
 PAGER = guests.source("pager")
 _MACHINE_MIB, _ENOUGH = 8, 2_000
-_DEBUG, _INVALID = 1, 6
+_DEBUG, _INVALID, _NO_DEVICE = 1, 6, 7
 # No round of `measured` has as many instructions.
 _ROUND_OF_ALL = 12
 
@@ -63,7 +66,8 @@ def frame_builder(
 
 def _chosen(choice: Choice) -> Timeline:
     table_rows = rows_for((choice.vector,), ANYONE | (MASKS_EVENTS if choice.gate_masks else 0))
-    text = trapping(CAUSES[choice.vector], table_rows, ring=choice.ring, masked=choice.masked)
+    prepare = PREPARED.get(choice.vector, "")
+    text = trapping(CAUSES[choice.vector], table_rows, ring=choice.ring, masked=choice.masked, prepare=prepare)
     return Timeline(_booted(text, "frame"))
 
 
@@ -240,8 +244,9 @@ def nesting(xen: Hypervisor) -> str:
 
 
 def single_steps(code: str) -> list[str]:
-    """Where a kernel finds its application when it steps it through ``code``: the instruction that comes next, each time."""
-    collect = "pushad; mov ebx, [seen]; mov eax, [esp + 32]; mov [seen + 4 + 4 * ebx], eax; inc dword ptr [seen]; popad; iretd"
+    """Where a kernel finds its application when it steps it through ``code``: each time the next instruction."""
+    note = "mov ebx, [seen]; mov eax, [esp + 32]; mov [seen + 4 + 4 * ebx], eax; inc dword ptr [seen]"
+    collect = f"pushad; {note}; popad; iretd"
     step = f"pushfd; or dword ptr [esp], 0x100; popfd; {code}"
     xen = _booted(trapping(step, {_DEBUG: Row(collect)}), "steps")
     xen.run(_ENOUGH)
@@ -252,9 +257,24 @@ def single_steps(code: str) -> list[str]:
     return [_instruction(xen, domain, place) for place in places]
 
 
-def _instruction(xen: Hypervisor, domain: Domain, address: int) -> str:
-    from xenlab.machine.disassembler import disassemble
+def fpu_use(slices: Sequence[str]) -> str:
+    """An application's kernel switches to it once for each of ``slices``; which of them cost a #NM.
 
+    With each switch the kernel asks for #NM at the next floating-point instruction, instead of loading registers.
+    """
+    code = "; ".join(f"int {SYSTEM_CALL:#x}; slice{place}: {each}" for place, each in enumerate(slices))
+    xen = _booted(trapping(code, calls(back=f"{PREPARED[_NO_DEVICE]}; iretd") | {_NO_DEVICE: Row("iretd")}), "fpu")
+    xen.run(_ENOUGH)
+    assert xen.trace is not None
+    traps = [event.eip for event in xen.trace.events(Kind.TRAP) if event.vector == _NO_DEVICE]
+    starts = [xen.domains[0].symbols[f"slice{place}"] for place in range(len(slices))]
+    raised = [sum(at <= trap < end for trap in traps) for at, end in pairwise([*starts, starts[-1] + 0x1000])]
+    return table(
+        ("after a switch, it executes", "#NM"), [(code, str(n)) for code, n in zip(slices, raised, strict=True)]
+    )
+
+
+def _instruction(xen: Hypervisor, domain: Domain, address: int) -> str:
     code = xen.guest_memory.read(domain.vcpus[0], address, 15)
     return f"{symbol(domain, address)}: {disassemble(code, address, count=1)[0].text}"
 
@@ -269,6 +289,7 @@ __all__ = [
     "Row",
     "calls",
     "faults",
+    "fpu_use",
     "frame_builder",
     "frames",
     "gate_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from xenlab.machine.cpu import PAGE_FAULT, WITH_ERROR_CODE
+from xenlab.machine.vectors import PAGE_FAULT, WITH_ERROR_CODE
 
 MASKS_EVENTS, ANYONE = 4, 3
 SYSTEM_CALL, SLOW_CALL = 0x80, 0x81
@@ -19,6 +19,7 @@ CAUSES: dict[int, str] = {
     3: "int3",
     4: "mov al, 127; add al, 1; into",
     6: "ud2",
+    7: "fninit",
     13: "cli",
     PAGE_FAULT: f"mov [{NOWHERE:#x}], ebx",
     SYSTEM_CALL: f"int {SYSTEM_CALL:#x}",
@@ -33,7 +34,8 @@ GUARDED = """
         mov esi, UVMF_INVLPG
         mov eax, __HYPERVISOR_update_va_mapping
         int 0x82
-"""
+"""  # What a kernel has to do before, for that: floating point is to raise #NM next time.
+PREPARED = {7: "mov ebx, 1; mov eax, __HYPERVISOR_fpu_taskswitch; int 0x82"}
 _GUEST = """
 start:  mov ebx, offset trap_table
         mov eax, __HYPERVISOR_set_trap_table

@@ -1,7 +1,7 @@
 """The frame builder: choose what happens, and see the words that the guest's handler finds (lesson 07; paper 2.1.2).
 
-The choices are the exception, the ring in which it is raised, whether events are masked, and whether the handler's gate masks
-them.  Each choice is a guest of its own, which can be stepped over the exception: nothing is drawn but what
+The choices are the exception, the ring in which it is raised, whether events are masked, and whether the handler's
+gate masks them.  Each choice is a guest of its own, which can be stepped over the exception: nothing is drawn but what
 stands on its stack at that moment.
 """
 
@@ -14,8 +14,8 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.core import Hypervisor, RunResult
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.trace import Event, Kind
-from xenlab.machine.cpu import PAGE_FAULT
 from xenlab.machine.disassembler import disassemble
+from xenlab.machine.vectors import PAGE_FAULT
 from xenlab.timeline import Timeline
 from xenlab.views.canvas import Canvas, clip
 from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, RING_COLOURS, RING_NAMES, ink_on

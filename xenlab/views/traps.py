@@ -1,8 +1,9 @@
-"""The trap table of a guest: for each vector who takes it, where it leads, how often that happened (lesson 07; paper 2.1.2).
+"""The trap table of a guest: for each vector who takes it, where it leads, how often (lesson 07; paper 2.1.2).
 
 The hypervisor's answer to a vector follows from the guest's table: with a handler it is bounced; without one an
 exception ends the guest.  Two are looked at first: a #GP may be a privileged instruction, which is emulated, and a page
-fault may be a store to a page table.  One software interrupt may have a gate of the CPU's own, which the hypervisor does not see.
+fault may be a store to a page table.  One software interrupt may have a gate of the CPU's own, which the
+hypervisor does not see.
 
 A choice shows the last frame of that vector, word by word, and the instruction that caused it.
 """
@@ -15,8 +16,7 @@ from dataclasses import dataclass
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind
-from xenlab.machine.cpu import PAGE_FAULT, PROTECTION, WITH_ERROR_CODE
-from xenlab.machine.vectors import EXCEPTIONS, vector_name
+from xenlab.machine.vectors import EXCEPTIONS, PAGE_FAULT, PROTECTION, WITH_ERROR_CODE, vector_name
 from xenlab.views.canvas import WIDTH, Canvas, clip
 from xenlab.views.palette import APPLICATION, KERNEL, ink_on
 from xenlab.views.picture import Picture, table
@@ -215,4 +215,4 @@ def _draw_word(canvas: Canvas, word: FrameWord, y: float, colour: str) -> None:
     canvas.text(_DETAIL_X + 82, y + 30, clip(word.meaning, 25), "k s")
 
 
-__all__ = ["BOUNCED", "DIRECT", "ENDS", "CHECKED", "REFUSED", "TrapRow", "TrapTableView"]
+__all__ = ["BOUNCED", "CHECKED", "DIRECT", "ENDS", "REFUSED", "TrapRow", "TrapTableView"]

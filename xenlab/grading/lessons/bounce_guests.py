@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from xenlab.abi.structures import StartInfo
 from xenlab.grading.lessons.agreement import IN_FRAME, Agreement
-from xenlab.machine.cpu import PAGE_FAULT, WITH_ERROR_CODE
+from xenlab.machine.vectors import PAGE_FAULT, WITH_ERROR_CODE
 
 LETTERS = "bounce!xyz"
 WINDOW, WINDOW_PAGES, NOWHERE = 0xC020_0000, 64, 0x1000
