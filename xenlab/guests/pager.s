@@ -35,7 +35,7 @@ start:  mov eax, [esi + MFN_LIST]
 
 page_fault:                                  # [esp] is the error code, [esp + 4] EIP
         push eax
-        mov eax, [shared_info + CR2_OFFSET]         # before anything here can fault and leave another address
+        mov eax, [shared_info + CR2_OFFSET]  # before anything here can fault and leave another address
         pushad
         cmp eax, WINDOW
         jb elsewhere

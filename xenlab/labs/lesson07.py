@@ -61,7 +61,8 @@ def frame_builder(
     if vector not in CAUSES or ring not in (KERNEL, APPLICATION):
         known = ", ".join(f"{each:#x}" for each in CAUSES)
         raise XenlabError(f"vector {vector:#x} in ring {ring}: expected one of {known} in ring 1 or 3")
-    return FrameBuilder(_chosen, tuple(CAUSES), Choice(vector, ring, masked, gate_masks))
+    vectors = [each for each in CAUSES if each != SLOW_CALL]
+    return FrameBuilder(_chosen, vectors, Choice(vector, ring, masked, gate_masks))
 
 
 def _chosen(choice: Choice) -> Timeline:
@@ -161,22 +162,22 @@ def measured(rounds: int = 2_000, tries: int = 3) -> list[Measured]:
 
 
 def _measured(name: str, instruction: str, rows: Mapping[int, Row], rounds: int, tries: int) -> Measured:
-    again = f"mov esi, {rounds}; again: {instruction}; dec esi; jnz again"
-    xen = _booted(trapping(again, rows), name)
-    before, once = _entries(xen, 100), _entries(xen, _ROUND_OF_ALL * rounds)
+    again = f"mov esi, {rounds}; again: {{}}; dec esi; jnz again"
+    with_it, without = (_entries(again.format(each), rows, rounds) for each in (instruction, "nop"))
     best = float("inf")
     for _try in range(tries):
-        xen = _booted(trapping(again, rows), name)
+        xen = _booted(trapping(again.format(instruction), rows), name)
         xen.trace = None
         start = process_time_ns()
         xen.run(_ROUND_OF_ALL * rounds)
         best = min(best, (process_time_ns() - start) / rounds)
-    return Measured(name, round((once - before) / rounds, 1), best)
+    return Measured(name, (with_it - without) / rounds, best)
 
 
-def _entries(xen: Hypervisor, instructions: int) -> int:
-    """How often the hypervisor has been entered, after that many instructions more."""
-    xen.run(instructions)
+def _entries(code: str, rows: Mapping[int, Row], rounds: int) -> int:
+    """How often a guest that executes ``code`` enters the hypervisor."""
+    xen = _booted(trapping(code, rows), "entries")
+    xen.run(_ROUND_OF_ALL * rounds)
     assert xen.trace is not None
     return sum(raw[1] in (Kind.TRAP, Kind.HYPERCALL) for raw in xen.trace.raw())
 
@@ -284,6 +285,7 @@ __all__ = [
     "CAUSES",
     "MASKS_EVENTS",
     "PAGER",
+    "RETURN",
     "SLOW_CALL",
     "Measured",
     "Row",

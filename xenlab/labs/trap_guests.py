@@ -12,6 +12,7 @@ SYSTEM_CALL, SLOW_CALL = 0x80, 0x81
 NOWHERE = 0x1000
 LEAVE = 0x8F
 KERNEL, APPLICATION = 1, 3
+_FIRST_INTERRUPT = 32
 # What raises a vector.  Each stands alone: neither registers nor memory have to be set up.
 CAUSES: dict[int, str] = {
     0: "xor ecx, ecx; div ecx",
@@ -123,7 +124,7 @@ def trapping(
     body = "here:\n" + _lines(code) + "\nbehind:"
     inside, outside = (body + "\n jmp finish", "") if ring == KERNEL else ("", body)
     rows = dict(table) | {LEAVE: Row(flags=ANYONE)}
-    handlers = [f"handler_{vector:x}:\n{_lines(row.code)}" for vector, row in rows.items()]
+    handlers = [f"{_name(vector)}:\n{_lines(row.code)}" for vector, row in rows.items()]
     return _GUEST.format(
         stack=stack,
         stack_bytes=stack_bytes,
@@ -138,7 +139,11 @@ def trapping(
 
 
 def _row(vector: int, row: Row) -> str:
-    return f" .byte {vector}, {row.flags}\n .word {row.selector}\n .long handler_{vector:x}"
+    return f" .byte {vector}, {row.flags}\n .word {row.selector}\n .long {_name(vector)}"
+
+
+def _name(vector: int) -> str:
+    return f"handler_{vector}" if vector < _FIRST_INTERRUPT else f"handler_{vector:#x}"
 
 
 def _lines(code: str) -> str:

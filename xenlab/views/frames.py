@@ -18,7 +18,7 @@ from xenlab.machine.disassembler import disassemble
 from xenlab.machine.vectors import PAGE_FAULT
 from xenlab.timeline import Timeline
 from xenlab.views.canvas import Canvas, clip
-from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, RING_COLOURS, RING_NAMES, ink_on
+from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, RING_COLOURS, ink_on
 from xenlab.views.picture import Picture, table
 from xenlab.views.story import FrameWord, frame_words, newest_first, short_vector, symbol
 
@@ -132,7 +132,7 @@ class FrameBuilder(Picture):
             value = 0
         if word is None:
             return StackSlot(address, value)
-        return StackSlot(address, value, word.name, _meaning(self.choice.vector, word))
+        return StackSlot(address, value, word.name, word_meaning(self.choice.vector, word))
 
     @property
     def _vcpu(self) -> Vcpu:
@@ -272,7 +272,8 @@ def _draw_slot(canvas: Canvas, slot: StackSlot, y: float, esp: int) -> None:
 _COLOURS = {"ESP": APPLICATION, "SS": APPLICATION, "error": HYPERVISOR}
 
 
-def _meaning(vector: int, word: FrameWord) -> str:
+def word_meaning(vector: int, word: FrameWord) -> str:
+    """What a word of a frame says; an error code says it in words."""
     if word.name != "error":
         return word.meaning or ("of the interrupted code" if word.name == "ESP" else "")
     if vector == PAGE_FAULT:
@@ -285,8 +286,8 @@ def _meaning(vector: int, word: FrameWord) -> str:
 
 def page_fault_bits(error: int) -> str:
     """A page fault's error code in words."""
-    there = "the page is there, but not for this" if error & _PRESENT else "no page there"
-    return f"{there}; {'write' if error & _WRITE else 'read'} in ring {'3' if error & _USER else '0 to 2'}"
+    why = "no right" if error & _PRESENT else "no page"
+    return f"{why}; {'write' if error & _WRITE else 'read'} in ring {'3' if error & _USER else '0 to 2'}"
 
 
-__all__ = ["RING_NAMES", "Choice", "FrameBuilder", "StackSlot", "page_fault_bits"]
+__all__ = ["Choice", "FrameBuilder", "StackSlot", "page_fault_bits", "word_meaning"]

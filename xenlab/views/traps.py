@@ -18,6 +18,7 @@ from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind
 from xenlab.machine.vectors import EXCEPTIONS, PAGE_FAULT, PROTECTION, WITH_ERROR_CODE, vector_name
 from xenlab.views.canvas import WIDTH, Canvas, clip
+from xenlab.views.frames import word_meaning
 from xenlab.views.palette import APPLICATION, KERNEL, ink_on
 from xenlab.views.picture import Picture, table
 from xenlab.views.story import FrameWord, frame_words, newest_first, symbol
@@ -26,9 +27,12 @@ DIRECT, BOUNCED, CHECKED, ENDS, REFUSED = "direct", "bounced", "checked, bounced
 _COLOURS = {DIRECT: APPLICATION, BOUNCED: KERNEL, CHECKED: KERNEL, ENDS: "var(--soft)", REFUSED: "var(--soft)"}
 _LAST_EXCEPTION, _INTEL_ONLY = 31, (2, 18)
 _ROW, _TOP = 21, 82
-_COLUMNS = (16, 58, 196, 324, 470, 510, 604)
+_COLUMNS = (16, 58, 204, 332, 476, 514, 606)
 _HEADS = ("vector", "", "who takes it", "handler", "ring", "INT by", "taken")
 _DETAIL_X, _DETAIL_ROWS = 636, 6
+# So many software interrupts have a row in the picture.
+_FEW_INTERRUPTS, _MOST_INTERRUPTS = 3, 12
+_CHECKED_NOTE = "Checked first: is a #GP a privileged instruction, a page fault a store to a page table?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +135,10 @@ class TrapTableView(Picture):
         parts = [f"{self.title}: {self._summary()}", rows, self._detail()]
         found = self.frame()
         if found is not None:
-            words = [(f"{word.address:#010x}", word.name, f"{word.value:#010x}", word.meaning) for word in found[1]]
-            parts.append(table(("address", "word", "value", "meaning"), words))
+            vector, cells = found[0].vector, []
+            for word in found[1]:
+                cells.append((f"{word.address:#010x}", word.name, f"{word.value:#010x}", word_meaning(vector, word)))
+            parts.append(table(("address", "word", "value", "meaning"), cells))
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
@@ -153,12 +159,17 @@ class TrapTableView(Picture):
 
     def svg(self) -> str:
         canvas, rows = Canvas(self.title, self._summary()), self.rows()
+        exceptions = sum(row.vector <= _LAST_EXCEPTION for row in rows)
+        most = exceptions + (_MOST_INTERRUPTS if len(rows) - exceptions > _FEW_INTERRUPTS else _FEW_INTERRUPTS)
         _draw_legend(canvas)
         for x, head in zip(_COLUMNS, _HEADS, strict=True):
             canvas.text(x, _TOP - 8, head, "d s", anchor="end" if head == "taken" else "")
-        for place, row in enumerate(rows):
+        for place, row in enumerate(rows[:most]):
             _draw_row(canvas, row, _TOP + _ROW * place, chosen=row.vector == self._chosen)
-        bottom = _TOP + _ROW * len(rows) + 8.0
+        # As high as it becomes when the guest has registered its handlers, so that nothing below moves.
+        bottom = _TOP + _ROW * most + 34.0
+        more = f"  ({len(rows) - most} rows more in the text.)" if len(rows) > most else ""
+        canvas.text(16, bottom - 16, _CHECKED_NOTE + more, "d s")
         self._draw_frame(canvas, _TOP - 8.0)
         return canvas.render(max(bottom, _TOP + 60 + 38 * _DETAIL_ROWS + 20))
 
@@ -173,7 +184,8 @@ class TrapTableView(Picture):
         canvas.text(_DETAIL_X, y + 20, f"{clip(vector_name(event.vector), 20)}, at {event.time:,}")
         canvas.text(_DETAIL_X, y + 37, f"ring {event.from_ring} → {event.to_ring}, by {by}", "d s")
         for place, word in enumerate(words):
-            _draw_word(canvas, word, y + 48 + 38 * place, APPLICATION if event.kind is Kind.GATE else KERNEL)
+            colour = APPLICATION if event.kind is Kind.GATE else KERNEL
+            _draw_word(canvas, event.vector, word, y + 48 + 38 * place, colour)
 
 
 def _draw_legend(canvas: Canvas) -> None:
@@ -186,7 +198,6 @@ def _draw_legend(canvas: Canvas) -> None:
         canvas.rect(x, 41, 14, 14, fill=_COLOURS[way], rx="3", stroke="var(--rule)")
         canvas.text(x + 20, 53, f"{way}: {says}", "s")
         x += 44 + 6.0 * len(f"{way}: {says}")
-    canvas.text(x, 53, "checked: for a privileged instruction, a page table", "d s")
 
 
 def _draw_row(canvas: Canvas, row: TrapRow, y: float, *, chosen: bool) -> None:
@@ -206,13 +217,13 @@ def _draw_row(canvas: Canvas, row: TrapRow, y: float, *, chosen: bool) -> None:
     canvas.close()
 
 
-def _draw_word(canvas: Canvas, word: FrameWord, y: float, colour: str) -> None:
+def _draw_word(canvas: Canvas, vector: int, word: FrameWord, y: float, colour: str) -> None:
     width = WIDTH - 16 - _DETAIL_X
     canvas.rect(_DETAIL_X, y, width, 36, fill=colour, stroke="var(--bg)")
     canvas.text(_DETAIL_X + 8, y + 15, word.name, "k b")
     canvas.text(_DETAIL_X + width - 8, y + 15, f"{word.value:08x}", "m k", anchor="end")
     canvas.text(_DETAIL_X + 8, y + 30, f"{word.address:08x}", "m k s")
-    canvas.text(_DETAIL_X + 82, y + 30, clip(word.meaning, 25), "k s")
+    canvas.text(_DETAIL_X + 82, y + 30, clip(word_meaning(vector, word), 25), "k s")
 
 
 __all__ = ["BOUNCED", "CHECKED", "DIRECT", "ENDS", "REFUSED", "TrapRow", "TrapTableView"]
