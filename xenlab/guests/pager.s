@@ -1,7 +1,7 @@
 # A kernel that gives its application memory only when it touches it, and takes its system calls without the hypervisor.
 #
 # The window is 16 pages without a frame.  The first touch of a page is a page fault; the kernel's handler takes a
-# frame from its pool, maps it there, and returns to the same instruction.
+# frame from its pool, maps it there, and returns to the same instruction.  For page tables of two levels.
 
         .set BASE, 0xc0000000
         .set WINDOW, 0xc0200000
