@@ -85,13 +85,11 @@ def test_a_trip_without_return_is_reported() -> None:
         lesson07.round_trip("ud2", {})
 
 
-def test_measured_counts_entries() -> None:
-    found = lesson07.measured(rounds=50, tries=1)
-    assert [each.entered for each in found] == [0, 1, 2, 1, 1]
-    assert all(each.ns > 0 for each in found)
-    rows = columns(lesson07.price_list(found))
-    assert [row[0] for row in rows] == [each.name for each in found]
-    assert rows[0][-1] == "1.0"
+def test_entries_are_counted_and_times_are_there_for_the_same_traps() -> None:
+    assert list(lesson07.entries(rounds=20).values()) == [0, 1, 2, 1, 1]
+    times = lesson07.call_ns(rounds=20, tries=1)
+    assert list(times) == list(lesson07.entries(rounds=10))
+    assert all(time > 0 for time in times.values())
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Scenes of lesson 07: the trap table, frames, system calls on both ways, and handlers that fail (paper 2.1.2, 3.1).
 
 `frame_builder` is a guest for each choice, stopped in its handler.  `pager` gives its application memory on demand.
-`round_trip` and `measured` follow system calls with and without the hypervisor.  All are runs of real guests.
+`round_trip`, `entries` and `call_ns` follow system calls with and without the hypervisor.  All are runs of real guests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from time import process_time_ns
 
@@ -46,7 +45,7 @@ from xenlab.views.story import frame_words, short_vector, symbol
 PAGER = guests.source("pager")
 _MACHINE_MIB, _ENOUGH = 8, 2_000
 _DEBUG, _INVALID, _NO_DEVICE = 1, 6, 7
-# No round of `measured` has as many instructions.
+# No round of `entries` and `call_ns` has as many instructions.
 _ROUND_OF_ALL = 12
 
 
@@ -134,58 +133,52 @@ def calls(flags: int = ANYONE, vector: int = SYSTEM_CALL, back: str = "iretd") -
     return {vector: Row(back, flags)}
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A trap and its return, repeated.
-
-    Attributes:
-        name: of what.
-        entered: how often the hypervisor was entered, for each.
-        ns: CPU time of this computer for each, the best of a few tries.
-    """
-
-    name: str
-    entered: float
-    ns: float
+def _repeated() -> dict[str, tuple[str, Mapping[int, Row]]]:
+    """The traps that are counted and timed: an application's instruction, and its kernel's trap table."""
+    slow = ANYONE | MASKS_EVENTS
+    return {
+        "system call, direct": ("int 0x80", calls()),
+        "system call, bounced": ("int 0x80", calls(slow)),
+        "... and back by hypercall": ("int 0x80", calls(slow, back=RETURN)),
+        "invalid opcode": ("ud2", {_INVALID: Row(skipping(_INVALID, 2))}),
+        "page fault": (f"mov eax, [{NOWHERE:#x}]", {PAGE_FAULT: Row(skipping(PAGE_FAULT, 5))}),
+    }
 
 
-def measured(rounds: int = 2_000, tries: int = 3) -> list[Measured]:
-    """System calls on three ways, an exception and a page fault that are bounced."""
-    slow, fault = ANYONE | MASKS_EVENTS, f"mov eax, [{NOWHERE:#x}]"
-    return [
-        _measured("system call, direct", "int 0x80", calls(), rounds, tries),
-        _measured("system call, bounced", "int 0x80", calls(slow), rounds, tries),
-        _measured("the same, back by hypercall", "int 0x80", calls(slow, back=RETURN), rounds, tries),
-        _measured("invalid opcode", "ud2", {_INVALID: Row(skipping(_INVALID, 2))}, rounds, tries),
-        _measured("page fault", fault, {PAGE_FAULT: Row(skipping(PAGE_FAULT, 5))}, rounds, tries),
-    ]
-
-
-def _measured(name: str, instruction: str, rows: Mapping[int, Row], rounds: int, tries: int) -> Measured:
-    again = f"mov esi, {rounds}; again: {{}}; dec esi; jnz again"
-    with_it, without = (_entries(again.format(each), rows, rounds) for each in (instruction, "nop"))
-    best = float("inf")
-    for _try in range(tries):
-        xen = _booted(trapping(again.format(instruction), rows), name)
-        xen.trace = None
-        start = process_time_ns()
-        xen.run(_ROUND_OF_ALL * rounds)
-        best = min(best, (process_time_ns() - start) / rounds)
-    return Measured(name, (with_it - without) / rounds, best)
+def entries(rounds: int = 100) -> dict[str, float]:
+    """How often the hypervisor is entered for each trap and its return, by name."""
+    found = {}
+    for name, (instruction, rows) in _repeated().items():
+        with_it, without = (_entries(_loop(each, rounds), rows, rounds) for each in (instruction, "nop"))
+        found[name] = (with_it - without) / rounds
+    return found
 
 
 def _entries(code: str, rows: Mapping[int, Row], rounds: int) -> int:
-    """How often a guest that executes ``code`` enters the hypervisor."""
     xen = _booted(trapping(code, rows), "entries")
     xen.run(_ROUND_OF_ALL * rounds)
     assert xen.trace is not None
     return sum(raw[1] in (Kind.TRAP, Kind.HYPERCALL) for raw in xen.trace.raw())
 
 
-def price_list(found: Sequence[Measured]) -> str:
-    """A table of what was measured, with the first one as the unit."""
-    rows = [(each.name, f"{each.entered:g}", f"{each.ns / 1000:.1f}", f"{each.ns / found[0].ns:.1f}") for each in found]
-    return table(("", "hypervisor entered", "µs here", f"times {found[0].name!r}"), rows)
+def _loop(instruction: str, rounds: int) -> str:
+    return f"mov esi, {rounds}; again: {instruction}; dec esi; jnz again"
+
+
+def call_ns(rounds: int = 2_000, tries: int = 3) -> dict[str, float]:
+    """CPU time of this computer for each trap and its return, in ns, by name: the best of a few tries."""
+    found = {}
+    for name, (instruction, rows) in _repeated().items():
+        found[name] = min(_time(_loop(instruction, rounds), rows, rounds) for _try in range(tries)) / rounds
+    return found
+
+
+def _time(code: str, rows: Mapping[int, Row], rounds: int) -> int:
+    xen = _booted(trapping(code, rows), "time")
+    xen.trace = None
+    start = process_time_ns()
+    xen.run(_ROUND_OF_ALL * rounds)
+    return process_time_ns() - start
 
 
 def gate_of(flags: int = ANYONE, selector: str = "FLAT_RING1_CS") -> str:
@@ -287,19 +280,18 @@ __all__ = [
     "PAGER",
     "RETURN",
     "SLOW_CALL",
-    "Measured",
     "Row",
+    "call_ns",
     "calls",
+    "entries",
     "faults",
     "fpu_use",
     "frame_builder",
     "frames",
     "gate_of",
     "lost_address",
-    "measured",
     "nesting",
     "pager_timeline",
-    "price_list",
     "round_trip",
     "rows_for",
     "single_steps",
