@@ -80,6 +80,11 @@ def test_ways_of_a_system_call() -> None:
     assert other == bounced
 
 
+def test_a_call_gate_needs_no_hypervisor_either() -> None:
+    trip = lesson07.call_gate()
+    assert (trip.path, trip.entries, trip.instructions) == ((3, 1, 3), 0, 2)
+
+
 def test_a_trip_without_return_is_reported() -> None:
     with pytest.raises(XenlabError, match=r"(?s)handler of 'ud2' did not return.*no handler registered"):
         lesson07.round_trip("ud2", {})

@@ -20,6 +20,8 @@ from xenlab.labs.lesson02 import RETURN, RoundTrip, footsteps, ring_path
 from xenlab.labs.trap_guests import (
     ANYONE,
     APPLICATION,
+    CALL_GATE,
+    CALLED,
     CAUSES,
     GUARDED,
     KERNEL,
@@ -111,13 +113,18 @@ def _until_next_trap(events: Sequence[Event]) -> Sequence[Event]:
     return events[:end]
 
 
-def round_trip(instruction: str, rows: Mapping[int, Row]) -> RoundTrip:
+def round_trip(instruction: str, rows: Mapping[int, Row], prepare: str = "") -> RoundTrip:
     """Follow one trap of an application through its kernel's handler and back, instruction by instruction.
+
+    Args:
+        instruction: what the application executes.
+        rows: its kernel's trap table.
+        prepare: what the kernel executes before.
 
     Raises:
         XenlabError: the guest never came back.
     """
-    xen = _booted(trapping(instruction, rows), "round trip")
+    xen = _booted(trapping(instruction, rows, prepare=prepare), "round trip")
     domain = xen.domains[0]
     steps = footsteps(xen, domain)
     places = [step.address if step.ring == APPLICATION else None for step in steps]
@@ -131,6 +138,11 @@ def round_trip(instruction: str, rows: Mapping[int, Row]) -> RoundTrip:
 def calls(flags: int = ANYONE, vector: int = SYSTEM_CALL, back: str = "iretd") -> dict[int, Row]:
     """A trap table with a system call whose kernel does nothing and returns."""
     return {vector: Row(back, flags)}
+
+
+def call_gate() -> RoundTrip:
+    """Follow a far call through a call gate in the guest's own descriptor table, and back."""
+    return round_trip("lcall 0x13, 0x12345678", {CALLED: Row("retf")}, CALL_GATE)
 
 
 def _repeated() -> dict[str, tuple[str, Mapping[int, Row]]]:
@@ -281,6 +293,7 @@ __all__ = [
     "RETURN",
     "SLOW_CALL",
     "Row",
+    "call_gate",
     "call_ns",
     "calls",
     "entries",

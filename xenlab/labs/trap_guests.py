@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from xenlab.abi.structures import StartInfo
 from xenlab.machine.vectors import PAGE_FAULT, WITH_ERROR_CODE
 
 MASKS_EVENTS, ANYONE = 4, 3
@@ -37,6 +38,33 @@ GUARDED = """
         int 0x82
 """  # What a kernel has to do before, for that: floating point is to raise #NM next time.
 PREPARED = {7: "mov ebx, 1; mov eax, __HYPERVISOR_fpu_taskswitch; int 0x82"}
+# A descriptor table of the guest's own, in the page `guard`: its third entry is a call gate to the handler of CALLED.
+CALLED = 0x85
+CALL_GATE = f"""
+        mov eax, offset handler_{CALLED:#x}
+        mov [guard + 16], ax
+        mov word ptr [guard + 18], FLAT_RING1_CS
+        mov word ptr [guard + 20], 0xec00    # present, open to ring 3, a call gate without parameters
+        shr eax, 16
+        mov [guard + 22], ax
+        mov eax, [esi + {StartInfo.mfn_list.offset}]
+        mov ecx, offset guard - 0xc0000000
+        shr ecx, 12
+        mov eax, [eax + 4 * ecx]
+        mov [seen], eax
+        mov ecx, eax                         # a descriptor table may not be written by the guest
+        shl ecx, 12
+        or ecx, 0x61
+        xor edx, edx
+        mov esi, UVMF_INVLPG
+        mov ebx, offset guard
+        mov eax, __HYPERVISOR_update_va_mapping
+        int 0x82
+        mov ebx, offset seen
+        mov ecx, 512
+        mov eax, __HYPERVISOR_set_gdt
+        int 0x82
+"""
 _GUEST = """
 start:  mov ebx, offset trap_table
         mov eax, __HYPERVISOR_set_trap_table
