@@ -151,7 +151,7 @@ def test_the_shipped_bounce_and_giving_up_earn_nothing(judged: Grade, answer: st
     assert judged("07", answer, "ada").score == 0
 
 
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(SEEDS)
 def test_no_seed_is_xens_own_agreement(seed: int) -> None:
     from xenlab.hypervisor.bounce import XenBounce
@@ -165,7 +165,7 @@ def test_no_seed_is_xens_own_agreement(seed: int) -> None:
     assert sum(check.points for check in checks_of(made.plan, findings)) == 0
 
 
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(SEEDS)
 def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
     made = lesson("07", seed)
@@ -212,6 +212,49 @@ def test_a_part_that_cannot_be_made_is_named(judged: Grade) -> None:
     report = judged("07", "class MyBounce:\n    def __init__(self):\n        raise ValueError('not today')")
     assert report.score == 0
     assert "MyBounce() raised ValueError: not today" in messages(report)
+
+
+WRONG = "class MyBounce:\n    def frame(self, *question):\n        return None\n"
+TAMPERED = {
+    "the judge's verdict": """
+import xenlab.grading.lessons.lesson_07 as judge
+from xenlab.grading.lessons.base import Finding
+judge.PageFaultBounce.judge = lambda self, guest, run, decisions: Finding(guest.check, True)
+""",
+    "what is asked": """
+import xenlab.grading.bounce_slot as slot
+slot.BounceSlot._ask = lambda self, asked, writable: {"words": [], "registers": {}, "shared": [], "score": 10}
+""",
+    "what is checked": """
+import xenlab.grading.bounce_slot as slot, xenlab.hypervisor.bounce as bounce
+slot.unusable = bounce.unusable = lambda found: ""
+class MyBounce:
+    def frame(self, *question):
+        return {"words": [1 << 40], "registers": dict.fromkeys(("eip", "cs", "eflags", "esp", "ss"), -1)}
+""",
+    "what equality is": """
+class Equal(int):
+    __eq__ = __ge__ = __le__ = lambda self, other: True
+    __hash__ = int.__hash__
+class MyBounce:
+    def frame(self, trap, registers, gate, kernel, writable):
+        return {"words": [Equal(1)] * 6, "registers": {name: Equal(value) for name, value in registers.items()}}
+""",
+    "what it was given": """
+class MyBounce:
+    def frame(self, *question):
+        for given in question[:4]:
+            given.clear()
+        return None
+""",
+}
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_tampering_in_the_students_process_earns_nothing(judged: Grade, tampered: str) -> None:
+    report = judged("07", WRONG + TAMPERED[tampered], "ada")
+    assert report.score == 0, report.text()
+    assert report.error is None
 
 
 def test_forged_decisions_are_only_wrong_decisions() -> None:
