@@ -183,7 +183,7 @@ def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
     [
         ("1 / 0", "raised ZeroDivisionError: division by zero (line "),
         ("raise SystemExit(3)", "raised SystemExit"),
-        pytest.param("while True: pass", "no answer within 1 s of CPU time", marks=POSIX),
+        pytest.param("while True: pass", "no answer within 0.2 s of CPU time", marks=POSIX),
         ("return 7", "frame for #PF page fault: expected None, or a mapping with words"),
         ("return {'words': [1], 'registers': {}}", "expected registers: all of eip cs eflags esp ss"),
         ("return {'words': [-1], 'registers': registers}", "expected words: a list of 1 to 16"),
