@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.core import Hypervisor, RunResult
@@ -103,6 +104,12 @@ class FrameBuilder(Picture):
 
     def seek(self, time: int) -> int:
         return self._timeline.seek(time)
+
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else a timeline can do.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._timeline, name)
 
     def delivered(self) -> Event | None:
         """The delivery of the chosen exception, None before it."""
