@@ -11,7 +11,7 @@ from xenlab import Hypervisor, Machine, boot, guests
 from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.labs import lesson07
 from xenlab.labs.trap_guests import CAUSES, rows_for, trapping
-from xenlab.timeline import Timeline
+from xenlab.timeline import Timeline, When
 from xenlab.views import FrameBuilder, TrapTableView, live
 from xenlab.views.frames import page_fault_bits
 
@@ -155,6 +155,12 @@ def test_a_live_builder_moves_its_own_guest() -> None:
     widget.command({"do": "select", "view": 0, "key": "vector.14"})
     assert builder.choice.vector == 14
     assert "#PF in ring 1" in widget.frames[0]["text"]
+    event = builder.back_to(When(frozenset((Kind.HYPERCALL,))))
+    assert event is not None
+    assert event.kind is Kind.HYPERCALL
+    again = builder.run_to(When(frozenset((Kind.DELIVER,))), 100)
+    assert again is not None
+    assert again.vector == 14
     widget.command({"do": "seek", "n": 0})
     assert widget.position == 0
     assert "CPU idle" in widget.frames[0]["text"]

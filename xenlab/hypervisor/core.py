@@ -119,8 +119,7 @@ class Hypervisor:
         self.memory = self.machine.memory
         self.cpu = self.machine.cpu
         self.scheduler: Scheduler = scheduler or RoundRobin()
-        self.emulator = emulator or PrivilegedInstructions()
-        self.bounce = bounce
+        self.emulator, self.bounce = emulator or PrivilegedInstructions(), bounce
         self.trace = trace
         self.domains: dict[int, Domain] = {}
         self.allowance = Allowance()

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.bounce import BounceDelivery
 from xenlab.hypervisor.breakpoints import Breakpoints
 from xenlab.hypervisor.debug_registers import SINGLE_STEP
-from xenlab.hypervisor.bounce import BounceDelivery
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.emulate import Values, carry_out
 from xenlab.hypervisor.hypercalls import hypercall_page

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.core import Hypervisor, RunResult
@@ -17,7 +16,7 @@ from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.trace import Event, Kind
 from xenlab.machine.disassembler import disassemble
 from xenlab.machine.vectors import PAGE_FAULT
-from xenlab.timeline import Timeline
+from xenlab.timeline import Timeline, When
 from xenlab.views.canvas import Canvas, clip
 from xenlab.views.palette import APPLICATION, HYPERVISOR, KERNEL, RING_COLOURS, ink_on
 from xenlab.views.picture import Picture, table
@@ -105,11 +104,11 @@ class FrameBuilder(Picture):
     def seek(self, time: int) -> int:
         return self._timeline.seek(time)
 
-    def __getattr__(self, name: str) -> Any:
-        # Whatever else a timeline can do.
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._timeline, name)
+    def back_to(self, goal: When) -> Event | None:
+        return self._timeline.back_to(goal)
+
+    def run_to(self, goal: When, most: int) -> Event | None:
+        return self._timeline.run_to(goal, most)
 
     def delivered(self) -> Event | None:
         """The delivery of the chosen exception, None before it."""
