@@ -139,8 +139,7 @@ class Hypervisor:
         self.inputs = InputQueue()
         self.current: Vcpu | None = None
         self.vcpus: dict[int, Vcpu] = {}
-        self.slice_end = 0
-        self.pick_needed = False
+        self.slice_end, self.pick_needed = 0, False
         self.cpu.handler = self.trap
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
         self.cpu.set_tss(TSS_BASE, TSS_FRAME << PAGE_SHIFT)
