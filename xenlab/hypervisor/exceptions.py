@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.bounce import BounceDelivery
 from xenlab.hypervisor.breakpoints import Breakpoints
 from xenlab.hypervisor.debug_registers import SINGLE_STEP
 from xenlab.hypervisor.domain import Vcpu
@@ -64,6 +65,7 @@ class Exceptions:
         self._guest, self._bytes = xen.guest_memory, xen.memory.bytes
         self.breakpoints = Breakpoints(xen)
         self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
+        self._enter = xen.traps.deliver if xen.bounce is None else BounceDelivery(xen, xen.bounce).deliver
         self._open = WritableTables(xen, self._refused_store).open
         self.segment_registers = SegmentRegisters(xen, self._deliver)
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
@@ -124,7 +126,7 @@ class Exceptions:
 
     def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int, fault: BadReturn | None = None) -> None:
         try:
-            done = self._traps.deliver(vcpu, vector, error, address, fault.interrupted if fault else None)
+            done = self._enter(vcpu, vector, error, address, fault.interrupted if fault else None)
         except Undeliverable as reason:
             self._xen.crash(vcpu, f"{fault}; {reason}" if fault else str(reason))
             return

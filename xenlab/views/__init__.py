@@ -11,6 +11,7 @@ from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
 from xenlab.views.events import EventsView
 from xenlab.views.frame_map import FrameMap
+from xenlab.views.frames import FrameBuilder
 from xenlab.views.machine import MachineView
 from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
 from xenlab.views.p2m import P2mView
@@ -20,6 +21,7 @@ from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
 from xenlab.views.rings import RingsView
 from xenlab.views.tlb import TlbView, space_bars
+from xenlab.views.traps import TrapTableView
 
 if TYPE_CHECKING:
     from xenlab.views.widget import LiveView
@@ -39,6 +41,7 @@ __all__ = [
     "CallTimeline",
     "Cell",
     "EventsView",
+    "FrameBuilder",
     "FrameMap",
     "InstructionMatrix",
     "InstructionRow",
@@ -50,6 +53,7 @@ __all__ = [
     "RegistersView",
     "RingsView",
     "TlbView",
+    "TrapTableView",
     "audit_report",
     "cost_bars",
     "live",
