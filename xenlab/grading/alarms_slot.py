@@ -170,9 +170,7 @@ def _encoded(method: str, call: str, value: Any) -> Decision:
 
 
 def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int) and pair[1] in (REAL, VIRTUAL)
-    )
+    return isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], int) and pair[1] in (REAL, VIRTUAL)
 
 
 def read_decision(method: str, decision: Any) -> Any:

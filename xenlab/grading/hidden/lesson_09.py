@@ -1,4 +1,4 @@
-"""Further guests for exercise 09: alarms at a step, at the end of a turn, while asleep, twice, far, and many at once."""
+"""Further guests for exercise 09: at a step, at the end of a turn, while asleep, set twice, far off, many at once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def _setting(lesson: AlarmTimers) -> list[Guest]:
     last = "r 3000 p 9000"
     return [
         lesson.guest(SETTING, "behind", f"V {virtual} w 600 V 5 w 5000 V 4 w 1000 {last} q"),
-        lesson.guest(SETTING, "already-past", f"w 500 R 7 w 3000 V 9 w 2000 R {lesson.at(REAL, 9_000)} R 3 w 5000 {last} q"),
+        lesson.guest(
+            SETTING, "already-past", f"w 500 R 7 w 3000 V 9 w 2000 R {lesson.at(REAL, 9_000)} R 3 w 5000 {last} q"
+        ),
         lesson.guest(SETTING, "out-of-reach", f"V {virtual} w 200 V 50000 w 3500 e w 22000 {last} q"),
         lesson.guest(SETTING, "waiting", f"R 27000 V 24500 w 32000 {last} q"),
         lesson.guest(SETTING, "taken-away", f"R {real} x w 3000 V {lesson.at(VIRTUAL, 6_000)} y w 3000 {last} q"),

@@ -145,7 +145,9 @@ class Ledger:
 
     def _wrong_off(self, off: Sequence[Any], later: Sequence[Any], told: Told) -> str:
         if not off:
-            expected = "; ".join(["nothing goes off", *(self._told_of(alarm) for alarm in told.answer if alarm in self._alarms)])
+            expected = "; ".join(
+                ["nothing goes off", *(self._told_of(alarm) for alarm in told.answer if alarm in self._alarms)]
+            )
         elif len(off) == 1:
             expected = f"{self._told_of(off[0])} must go off"
         else:

@@ -53,7 +53,9 @@ class AlarmTimers:
     plan = (
         Plan(REAL_TIME, 3, "an alarm on real time goes off once, at the first step from its time on"),
         Plan(
-            VIRTUAL_TIME, 3, "an alarm on virtual time goes off once, at the step of its vCPU's own clock, while that runs"
+            VIRTUAL_TIME,
+            3,
+            "an alarm on virtual time goes off once, at the step of its vCPU's own clock, while that runs",
         ),
         Plan(
             SETTING, 2, "an alarm set anew, taken away, in the past or beyond reach does what the rules say", REAL_TIME
@@ -136,7 +138,9 @@ class AlarmTimers:
             self.guest(REAL_TIME, "sleeper", f"{self.real(2_000, 4_500, 7_000)} q"),
             self.guest(VIRTUAL_TIME, "worker", f"{self.virtual(1_200, 4_000)} q", "w 20000 q"),
             self.guest(SETTING, "wavering", setting),
-            self.guest(TOGETHER, "three", *(self.real(6_000, 9_000, before=number + 1) for number in range(3)), turn=600),
+            self.guest(
+                TOGETHER, "three", *(self.real(6_000, 9_000, before=number + 1) for number in range(3)), turn=600
+            ),
         ]
 
     def examine(self, answer: dict[str, Any]) -> list[Finding]:
