@@ -95,9 +95,10 @@ class Ledger:
     def missed(self, now: float) -> str:
         """The alarm that should have gone off before ``now``."""
         moments = [(moment, alarm) for alarm in self._alarms if (moment := self._moment(alarm)) is not None]
-        moment, alarm = min(moments, default=(now, None))
-        if moment >= now or alarm is None:
+        late = [found for found in moments if found[0] < now]
+        if not late:
             return ""
+        moment, alarm = min(late)
         return f"at instruction {moment} {self._told_of(alarm)} must go off; it did not"
 
     def _moment(self, alarm: tuple[int, str]) -> int | None:
