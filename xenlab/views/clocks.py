@@ -25,6 +25,8 @@ from xenlab.views.picture import Picture, table
 _SHOWN = 5
 _LANE_X, _LANE_WIDTH, _LANE_HEIGHT, _ROW, _TOP = 16, WIDTH - 32, 22, 106, 84
 _MARKS = 150
+# The end of the axis: these times a power of ten, and at least so many instructions.
+_ROUND, _SHORTEST = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100), 1_000
 
 
 class ClocksView(Picture):
@@ -78,7 +80,7 @@ class ClocksView(Picture):
         _legend(canvas)
         now = self._xen.now
         start = max(now - self._span, 0) if self._span is not None else 0
-        scale = _Scale(start, max(now, start + 1))
+        scale = _Scale(start, now if self._span is not None and now > start else _ceiling(now))
         for place, row in enumerate(rows[:_SHOWN]):
             _Lane(canvas, row, _TOP + _ROW * place, scale).draw()
         bottom = _TOP + _ROW * len(rows[:_SHOWN])
@@ -121,6 +123,14 @@ class _Scale:
     def x(self, time: float) -> float:
         """Where a time stands; what is too early, at the left edge."""
         return _LANE_X + _LANE_WIDTH * (max(time, self.start) - self.start) / (self.end - self.start)
+
+
+def _ceiling(now: int) -> int:
+    """The next round number behind now, so that the lanes do not shrink at each step."""
+    unit = _SHORTEST // 10
+    while unit * 100 < now:
+        unit *= 10
+    return next(unit * step for step in _ROUND if unit * step >= now)
 
 
 def _legend(canvas: Canvas) -> None:
@@ -172,6 +182,8 @@ class _Lane:
         """All of it."""
         self._numbers()
         self._blocks()
+        now = self._scale.x(self._row.real_ns // INSTRUCTION_NS)
+        self._canvas.line(now, self._top + 36, now, self._top + 80, stroke_dasharray="2 3")
         for time, _clock in _last(self._row.sets, self._scale):
             self._mark("set", time, self._top + 40)
         for time, name in _last(self._row.went_off, self._scale):
@@ -196,7 +208,7 @@ class _Lane:
         row = self._row
         parts = [f"{clock} alarm at {alarm_text(row, clock)} ms" for clock in (REAL, VIRTUAL) if clock in row.alarms]
         if row.ticks or row.missed:
-            parts.append(f"{row.ticks} ticks came, {len(row.missed)} did not")
+            parts.append(f"ticks: {row.ticks} came, {len(row.missed)} did not")
         return "; ".join(parts)
 
     def _blocks(self) -> None:
