@@ -34,6 +34,11 @@ def drawn(view: ClocksView) -> str:
     return "\n".join("".join(node.itertext()) for node in root.iter(f"{SVG}text"))
 
 
+def axis(view: ClocksView) -> list[str]:
+    """The numbers below the lanes."""
+    return [line for line in drawn(view).splitlines() if line.replace(".", "").removesuffix(" ms").isdigit()]
+
+
 def test_clocks_are_those_of_the_guest() -> None:
     xen = machine("n w 100000 n", "w 4000000000", turn=30_000)
     xen.run(400_000)
@@ -122,7 +127,7 @@ def test_a_span_leaves_out_what_is_older() -> None:
 def test_a_long_past_makes_no_long_picture() -> None:
     xen = machine("t 0 ( r 500 s )", "t 0 ( v 500 w 500 )", turn=1_000)
     xen.run(3_000_000)
-    assert len(ClocksView(xen).svg()) < 120_000
+    assert len(ClocksView(xen).svg()) < 150_000
 
 
 @pytest.mark.parametrize("count", [1, 5, 7])
@@ -170,11 +175,31 @@ def test_the_axis_grows_in_steps() -> None:
     ends = set()
     for _step in range(40):
         timeline.run(30_000)
-        ends.add(drawn(ClocksView(timeline.hypervisor)).splitlines()[-1])
+        ends.add(axis(ClocksView(timeline.hypervisor))[-1])
     assert "12.00000 ms" in ends
     assert len(ends) < 20
     timeline.seek(0)
-    assert drawn(ClocksView(timeline.hypervisor)).splitlines()[-1] == "0.01000 ms"
+    assert axis(ClocksView(timeline.hypervisor)) == ["0.00000", "0.00250", "0.00500", "0.00750", "0.01000 ms"]
+
+
+def test_a_mark_is_explained_with_the_instruction_that_set_it() -> None:
+    timeline = Timeline(machine(*PLANS))
+    timeline.run(1_200_000)
+    view = ClocksView(timeline.hypervisor)
+    keys = [group.get("data-event") for group in ElementTree.fromstring(view.svg()).iter(f"{SVG}g")]
+    sleeps = next(key for key in keys if key and key.startswith("2.") and key.endswith(".real"))
+    assert view.select(sleeps)
+    text = view.text()
+    assert "domain 2: the alarm on real time goes off; it was set to" in text
+    called = next(line for line in text.splitlines() if line.startswith("▶"))
+    assert "int 0x82" in called
+    assert "set_real" in called
+    assert called in drawn(view).splitlines()
+    assert not view.select("2.7.real")
+    # What has not happened yet cannot be explained; then the newest mark is.
+    timeline.seek(201_000)
+    assert "domain 2: the alarm on real time goes off" not in view.text()
+    assert "ms, domain" in view.text()
 
 
 def test_names_are_harmless_and_a_machine_may_be_empty() -> None:

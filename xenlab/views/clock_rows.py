@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 from xenlab.abi.numbers import Hypercall, SchedOp
 from xenlab.abi.structures import SharedInfo, VcpuTimeInfo
@@ -19,15 +20,26 @@ from xenlab.hypervisor.clocks import to_instructions, to_ns
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import VCPU_INFO_BYTES, Domain, RunState
 from xenlab.hypervisor.timers import TICK_NAME
-from xenlab.hypervisor.trace import Event, Kind, decode
+from xenlab.hypervisor.trace import Kind
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.views.canvas import printable
 
 _RECORD = VCPU_INFO_BYTES - 32
-_KINDS = tuple(int(kind) for kind in (Kind.SWITCH, Kind.TIMER, Kind.HYPERCALL, Kind.DOMAIN))
+_SWITCH, _TIMER, _HYPERCALL = int(Kind.SWITCH), int(Kind.TIMER), int(Kind.HYPERCALL)
+_KINDS = frozenset((_SWITCH, _TIMER, _HYPERCALL, int(Kind.DOMAIN)))
+_SLEEPS = frozenset(map(int, (SchedOp.BLOCK, SchedOp.POLL)))
 _SETS = {int(Hypercall.set_timer_op): REAL, int(Hypercall.set_virtual_timer): VIRTUAL}
 RAN, WAITED, SLEPT = "ran", "waited", "slept"
 Stretch = tuple[str, int, int]
+
+
+class Setting(NamedTuple):
+    """An alarm was set: when, on which clock, to what, and the address behind the instruction that did it."""
+
+    time: int
+    clock: str
+    at: int
+    eip: int
 
 
 @dataclass(slots=True)
@@ -42,7 +54,7 @@ class ClockRow:
         record: its time record.
         stretches: what it did, from when to when.
         went_off: its timers that went off, as time and name.
-        sets: its alarms that were set, as time and clock.
+        sets: its alarms as they were set.
         alarms: what its alarms are set to now, by clock.
         ticks, missed: how many came, and the times at which one should have come while it was away.
     """
@@ -56,9 +68,14 @@ class ClockRow:
     record: VcpuTimeInfo
     stretches: list[Stretch] = field(default_factory=list)
     went_off: list[tuple[int, str]] = field(default_factory=list)
-    sets: list[tuple[int, str]] = field(default_factory=list)
+    sets: list[Setting] = field(default_factory=list)
     alarms: dict[str, int] = field(default_factory=dict)
     missed: list[int] = field(default_factory=list)
+
+    def forget_past(self) -> None:
+        """What there was before it was made, was another's with the same number."""
+        for found in (self.stretches, self.went_off, self.sets, self.alarms):
+            found.clear()
 
     @property
     def ticks(self) -> int:
@@ -92,46 +109,11 @@ class ClockRows:
     def _add_past(self, rows: dict[int, ClockRow]) -> None:
         """Go through the trace once, with what each vCPU was doing since when."""
         xen = self._xen
-        owners = {domain.vcpus[0].key: domid for domid, domain in xen.domains.items() if domain.vcpus}
-        doing = dict.fromkeys(rows, (WAITED, 0))
+        past = _Past(rows, {domain.vcpus[0].key: domid for domid, domain in xen.domains.items() if domain.vcpus})
         for raw in xen.trace.raw() if xen.trace is not None else ():
             if raw[1] in _KINDS and raw[0] <= xen.now:
-                self._add(decode(raw), rows, owners, doing)
-        for domid, (what, since) in doing.items():
-            if not xen.domains[domid].ended:
-                rows[domid].stretches.append((what, since, xen.now))
-
-    def _add(
-        self, event: Event, rows: dict[int, ClockRow], owners: dict[int, int], doing: dict[int, tuple[str, int]]
-    ) -> None:
-        def change(domid: int | None, what: str) -> None:
-            if domid in rows and domid in doing:
-                before, since = doing[domid]
-                rows[domid].stretches.append((before, since, event.time))
-                doing[domid] = what, event.time
-
-        if event.kind is Kind.SWITCH:
-            before = owners.get(event.from_vcpu)
-            sleeps = before is not None and doing.get(before, ("", 0))[0] == SLEPT
-            if not sleeps:
-                change(before, WAITED)
-            change(owners.get(event.to_vcpu), RAN)
-        elif event.domain not in rows:
-            return
-        elif event.kind is Kind.TIMER:
-            row = rows[event.domain]
-            row.went_off.append((event.time, event.timer))
-            row.alarms.pop(event.timer, None)
-            if doing[event.domain][0] == SLEPT:
-                change(event.domain, WAITED)
-        elif event.kind is Kind.DOMAIN:
-            if event.change == "created":  # perhaps with the number of one that is gone
-                rows[event.domain] = self._now(self._xen.domains[event.domain])
-                doing[event.domain] = WAITED, event.time
-        elif _is_sleep(event):
-            change(event.domain, SLEPT)
-        elif event.number in _SETS:
-            _add_set(rows[event.domain], event)
+                past.add(raw)
+        past.close([domid for domid in rows if not xen.domains[domid].ended], xen.now)
 
     def _add_missed(self, row: ClockRow, domain: Domain) -> None:
         vcpu = domain.vcpus[0]
@@ -173,22 +155,57 @@ def _state(xen: Hypervisor, domain: Domain) -> str:
     return {RunState.RUNNABLE: "waits", RunState.BLOCKED: "sleeps"}.get(vcpu.run_state, "paused")
 
 
-def _is_sleep(event: Event) -> bool:
-    """Whether it is a call that lets the vCPU sleep; if it does not, the vCPU goes on running at once."""
-    return event.kind is Kind.HYPERCALL and event.number == Hypercall.sched_op and _ebx(event) in _SLEEPS
+class _Past:
+    """What each domain was doing; takes events as they were recorded, since there may be a hundred thousand."""
 
+    def __init__(self, rows: dict[int, ClockRow], owners: dict[int, int]) -> None:
+        self._rows, self._owners = rows, owners
+        self._doing = dict.fromkeys(rows, (WAITED, 0))
+        # When it last asked to sleep: it does if it loses the CPU at the same time.
+        self._asked: dict[int, int] = {}
 
-_SLEEPS = (SchedOp.BLOCK, SchedOp.POLL)
+    def add(self, raw: tuple[Any, ...]) -> None:
+        """One event of the kinds that matter here."""
+        time, kind, domid = raw[:3]
+        if kind == _SWITCH:
+            self._switch(time, self._owners.get(raw[3]), self._owners.get(raw[4]))
+        elif domid not in self._rows:
+            return
+        elif kind == _HYPERCALL:
+            self._call(time, domid, raw[3])
+        elif kind == _TIMER:
+            self._rows[domid].went_off.append((time, raw[4]))
+            self._rows[domid].alarms.pop(raw[4], None)
+            if self._doing[domid][0] == SLEPT:
+                self._change(time, domid, WAITED)
+        elif raw[3] == "created":  # perhaps with the number of one that is gone
+            self._rows[domid].forget_past()
+            self._doing[domid] = WAITED, time
 
+    def close(self, domids: list[int], now: int) -> None:
+        """These are still doing what they did."""
+        for domid in domids:
+            what, since = self._doing[domid]
+            self._rows[domid].stretches.append((what, since, now))
 
-def _ebx(event: Event) -> int:
-    return int(event.registers[3])
+    def _switch(self, time: int, before: int | None, behind: int | None) -> None:
+        if before is not None:
+            self._change(time, before, SLEPT if self._asked.get(before) == time else WAITED)
+        if behind is not None:
+            self._change(time, behind, RAN)
 
+    def _change(self, time: int, domid: int, what: str) -> None:
+        before, since = self._doing[domid]
+        self._rows[domid].stretches.append((before, since, time))
+        self._doing[domid] = what, time
 
-def _add_set(row: ClockRow, event: Event) -> None:
-    _eax, high, _edx, low, *_rest = event.registers
-    clock, at = _SETS[event.number], low | high << 32
-    row.alarms.pop(clock, None)
-    if at:
-        row.alarms[clock] = to_instructions(at)
-        row.sets.append((event.time, clock))
+    def _call(self, time: int, domid: int, frame: tuple[int, ...]) -> None:
+        number, high, _edx, low, *_rest, eip = frame
+        if number in _SETS:
+            row, clock, at = self._rows[domid], _SETS[number], low | high << 32
+            row.alarms.pop(clock, None)
+            if at:
+                row.alarms[clock] = to_instructions(at)
+                row.sets.append(Setting(time, clock, row.alarms[clock], eip))
+        elif number == Hypercall.sched_op and low in _SLEEPS:
+            self._asked[domid] = time

@@ -3,6 +3,7 @@
 For each domain a lane over time: a full block where it ran, an open one where it waited for the CPU, a line where it
 slept.  On the lane's upper edge stand the alarms: where one was set, where one on real time went off, where one on
 virtual time did.  On its lower edge stand its ticks, and small crosses where one should have come while it was away.
+Choose one of these marks, and the lines below say how it came about, with the instruction that set the alarm.
 
 What is shown is put together in `clock_rows`.
 """
@@ -18,13 +19,15 @@ from xenlab.hypervisor.clocks import INSTRUCTION_NS, to_ns
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.timers import POLL_NAME, TICK_NAME
 from xenlab.views.canvas import WIDTH, Canvas, clip, number
-from xenlab.views.clock_rows import RAN, SLEPT, WAITED, ClockRow, ClockRows, Stretch
+from xenlab.views.clock_rows import RAN, SLEPT, WAITED, ClockRow, ClockRows, Setting, Stretch
+from xenlab.views.code import CodeLine, CodeReader
 from xenlab.views.palette import domain_colour
 from xenlab.views.picture import Picture, table
 
 _SHOWN = 5
 _LANE_X, _LANE_WIDTH, _LANE_HEIGHT, _ROW, _TOP = 16, WIDTH - 32, 22, 106, 84
-_MARKS = 150
+_MARKS = 60
+_CODE_LINES = 4
 # The end of the axis: these times a power of ten, and at least so many instructions.
 _ROUND, _SHORTEST = (10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100), 1_000
 
@@ -35,16 +38,36 @@ class ClocksView(Picture):
     Args:
         xen: the machine, with a trace for what was before.
         span: how many instructions back the lanes reach; None: to the start.
+
+    Attributes:
+        selected: key of the mark that was chosen.
     """
 
     title = "Real, virtual and wall-clock time"
 
     def __init__(self, xen: Hypervisor, *, span: int | None = None) -> None:
-        self._xen, self._span = xen, span
+        self._xen, self._span, self._code = xen, span, CodeReader(xen)
+        self.selected: str | None = None
 
     def rows(self) -> list[ClockRow]:
         """What is shown of each domain, in order of their ids."""
         return ClockRows(self._xen).rows()
+
+    def select(self, key: str) -> bool:
+        if not any(mark.key == key for row in self.rows() for mark in marks_of(row)):
+            return False
+        self.selected = key
+        return True
+
+    def _chosen(self, rows: list[ClockRow]) -> Mark | None:
+        """The mark that was chosen; the newest one if none was, or it is in the future again."""
+        marks = [mark for row in rows for mark in marks_of(row)]
+        selected = [mark for mark in marks if mark.key == self.selected] if self.selected else []
+        return selected[0] if selected else max(marks, key=lambda mark: mark.time, default=None)
+
+    def _code_of(self, mark: Mark) -> list[CodeLine]:
+        eip = mark.cause.eip if mark.cause is not None else 0
+        return self._code.around(mark.domid, eip, behind=True, before=2, after=1) if eip else []
 
     def text(self) -> str:
         rows = self.rows()
@@ -69,7 +92,11 @@ class ClocksView(Picture):
         heads = (*places, "went off: real", "virtual", "ticks", "missed")
         records = [(str(row.domid), *map(str, _fields(row.record))) for row in rows]
         names = ("domain", "version", "tsc_timestamp", "system_time", "tsc_to_system_mul", "tsc_shift")
-        return f"{self.title}: {self._summary()}\n\n{table(heads, clocks)}\n\n{table(names, records)}"
+        parts = [f"{self.title}: {self._summary()}", table(heads, clocks), table(names, records)]
+        chosen = self._chosen(rows)
+        if chosen is not None:
+            parts.append("\n".join([chosen.label, *map(_code_text, self._code_of(chosen))]))
+        return "\n\n".join(parts)
 
     def _summary(self) -> str:
         return f"{milliseconds(to_ns(self._xen.now))} ms since power-on"
@@ -80,9 +107,10 @@ class ClocksView(Picture):
         _legend(canvas)
         now = self._xen.now
         start = max(now - self._span, 0) if self._span is not None else 0
+        chosen = self._chosen(rows)
         scale = _Scale(start, now if self._span is not None and now > start else _ceiling(now))
         for place, row in enumerate(rows[:_SHOWN]):
-            _Lane(canvas, row, _TOP + _ROW * place, scale).draw()
+            _Lane(canvas, row, _TOP + _ROW * place, scale).draw(chosen)
         bottom = _TOP + _ROW * len(rows[:_SHOWN])
         if not rows:
             canvas.text(16, bottom + 8, "No domain yet.", "d")
@@ -91,7 +119,71 @@ class ClocksView(Picture):
             canvas.text(16, bottom + 8, f"and {len(rows) - _SHOWN} more domains", "d")
             bottom += 24
         _axis(canvas, scale, bottom)
-        return canvas.render(bottom + 30)
+        if chosen is not None:
+            self._explain(canvas, chosen, bottom + 44)
+        return canvas.render(bottom + 60 + 17 * _CODE_LINES)
+
+    def _explain(self, canvas: Canvas, mark: Mark, y: float) -> None:
+        canvas.text(16, y, mark.label, "b")
+        for place, line in enumerate(self._code_of(mark)[:_CODE_LINES]):
+            canvas.text(16, y + 19 + 17 * place, _code_text(line), "m" if line.here else "m d")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something on a lane's edge.
+
+    Attributes:
+        domid, time, name: whose, when, what.
+        cause: how the alarm was set, None for what no alarm is the cause of.
+    """
+
+    domid: int
+    time: int
+    name: str
+    cause: Setting | None = None
+
+    @property
+    def key(self) -> str:
+        """What it is chosen by."""
+        return f"{self.domid}.{self.time}.{self.name}"
+
+    @property
+    def label(self) -> str:
+        """What happened, in words."""
+        return f"{milliseconds(to_ns(self.time))} ms, domain {self.domid}: {self._what()}"
+
+    def _what(self) -> str:
+        if self.cause is None:
+            return _WITHOUT_CAUSE.get(self.name, f"the alarm on {self.name} time goes off")
+        at, then = milliseconds(to_ns(self.cause.at)), milliseconds(to_ns(self.cause.time))
+        if self.name == "set":
+            return f"the alarm on {self.cause.clock} time is set to {at} ms"
+        return f"the alarm on {self.name} time goes off; it was set to {at} ms of that clock at {then} ms"
+
+
+_WITHOUT_CAUSE = {
+    TICK_NAME: "a tick",
+    POLL_NAME: "a poll has lasted as long as it may",
+    "missed": "a tick is due, but the domain is away",
+}
+
+
+def marks_of(row: ClockRow) -> list[Mark]:
+    """All marks of a domain."""
+    marks = [Mark(row.domid, time, "missed") for time in row.missed]
+    last: dict[str, Setting] = {}
+    waiting = row.sets[::-1]
+    for time, name in row.went_off:
+        while waiting and waiting[-1].time <= time:
+            setting = waiting.pop()
+            last[setting.clock] = setting
+        marks.append(Mark(row.domid, time, name, last.get(name)))
+    return [Mark(row.domid, setting.time, "set", setting) for setting in row.sets] + marks
+
+
+def _code_text(line: CodeLine) -> str:
+    return f"{'▶' if line.here else ' '} {line.address:#010x}  {clip(line.text, 44):<44}  {line.label}".rstrip()
 
 
 def milliseconds(nanoseconds: int) -> str:
@@ -178,18 +270,14 @@ class _Lane:
         self._canvas, self._row, self._top, self._scale = canvas, row, top, scale
         self._colour = domain_colour(row.domid)
 
-    def draw(self) -> None:
+    def draw(self, chosen: Mark | None) -> None:
         """All of it."""
         self._numbers()
         self._blocks()
         now = self._scale.x(self._row.real_ns // INSTRUCTION_NS)
         self._canvas.line(now, self._top + 36, now, self._top + 80, stroke_dasharray="2 3")
-        for time, _clock in _last(self._row.sets, self._scale):
-            self._mark("set", time, self._top + 40)
-        for time, name in _last(self._row.went_off, self._scale):
-            self._mark(name, time, self._top + (76 if name == TICK_NAME else 40))
-        for time, name in _last([(time, "missed") for time in self._row.missed], self._scale):
-            self._mark(name, time, self._top + 76)
+        for mark in _told_apart(marks_of(self._row), self._scale):
+            self._mark(mark, mark == chosen)
 
     def _numbers(self) -> None:
         canvas, row, top = self._canvas, self._row, self._top
@@ -219,17 +307,21 @@ class _Lane:
                 width = max(self._scale.x(until) - x, 0.6)
                 _block(self._canvas, what, x, self._top + 47, width, _LANE_HEIGHT, self._colour)
 
-    def _mark(self, name: str, time: int, y: float) -> None:
-        _sign(self._canvas, name, self._scale.x(time), y, "var(--ink)")
+    def _mark(self, mark: Mark, selected: bool) -> None:
+        x, y = self._scale.x(mark.time), self._top + (76 if mark.name in (TICK_NAME, "missed") else 40)
+        self._canvas.open_event(mark.key, mark.label, selected=selected)
+        self._canvas.rect(x - 7, y - 8, 14, 16, "hit", rx="3")
+        _sign(self._canvas, mark.name, x, y, "var(--ink)")
+        self._canvas.close()
 
 
-def _last(marks: list[tuple[int, str]], scale: _Scale) -> list[tuple[int, str]]:
-    """The marks in sight; where there are too many to be told apart, one for each place."""
-    seen = [mark for mark in marks if mark[0] >= scale.start]
+def _told_apart(marks: list[Mark], scale: _Scale) -> list[Mark]:
+    """The marks in sight; where there are too many to be told apart, one of a kind for each place."""
+    seen = [mark for mark in marks if mark.time >= scale.start]
     if len(seen) <= _MARKS:
         return seen
     length = scale.end - scale.start
-    return list({(time * _MARKS // length, name): (time, name) for time, name in seen}.values())
+    return list({(mark.time * _MARKS // length, mark.name): mark for mark in seen}.values())
 
 
 def _joined(stretches: list[Stretch], least: int) -> list[Stretch]:

@@ -74,6 +74,8 @@ class Ledger:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._alarms: dict[tuple[int, str], Entry] = {}
+        # What was last said of an alarm that is not set.
+        self._gone: dict[tuple[int, str], str] = {}
         self._running: tuple[int, int] | None = None
 
     def problem(self, told: Told) -> str:
@@ -113,12 +115,14 @@ class Ledger:
         alarm, reading = (vcpu, clock), now if clock == REAL else ran
         if at is None:
             self._alarms.pop(alarm, None)
+            self._gone[alarm] = f"taken away at instruction {now}"
             return
         fate, counted, why = COUNTS, at, ""
         if at <= reading:
             fate, counted, why = self._rules.past, reading + 1, f", in the past (the clock said {reading})"
         elif at > reading + self._rules.reach:
             fate, counted, why = self._rules.beyond, reading + self._rules.reach, f", beyond reach from {reading}"
+        self._gone[alarm] = f"set to {at}{why} at instruction {now}"
         if fate == DROPS:
             self._alarms.pop(alarm, None)
         elif fate == COUNTS:
@@ -139,6 +143,7 @@ class Ledger:
             return self._wrong_off(off, later, told)
         for alarm in off:
             del self._alarms[alarm]
+            self._gone[alarm] = f"gone off at instruction {now}"
         for alarm in later:
             entry = self._alarms[alarm]
             self._alarms[alarm] = replace(entry, due=entry.due + self._rules.step[alarm[1]])
@@ -146,9 +151,7 @@ class Ledger:
 
     def _wrong_off(self, off: Sequence[Any], later: Sequence[Any], told: Told) -> str:
         if not off:
-            expected = "; ".join(
-                ["nothing goes off", *(self._told_of(alarm) for alarm in told.answer if alarm in self._alarms)]
-            )
+            expected = "; ".join(["nothing goes off", *(self._told_of(alarm) for alarm in told.answer)])
         elif len(off) == 1:
             expected = f"{self._told_of(off[0])} must go off"
         else:
@@ -158,9 +161,10 @@ class Ledger:
 
     def _told_of(self, alarm: tuple[int, str]) -> str:
         vcpu, clock = alarm
-        entry = self._alarms[alarm]
-        reads = f"the first step from then on is {entry.due}"
-        return f"the alarm of vCPU {vcpu} on {clock} time ({entry.story}; {reads})"
+        name, entry = f"the alarm of vCPU {vcpu} on {clock} time", self._alarms.get(alarm)
+        if entry is None:
+            return f"{name} is not set: it was {self._gone.get(alarm, 'never set')}"
+        return f"{name} ({entry.story}; the first step from then on is {entry.due})"
 
 
 __all__ = [
