@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
-from xenlab.grading import balloons
+from xenlab.grading import alarms_slot, balloons
 from xenlab.grading.bounce_slot import Bounced, BounceSlot
 from xenlab.grading.decisions import (
     MAX_DECISIONS,
@@ -36,7 +36,8 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY, EVENT_BITS, BOUNCE = "flush_policy", "event_bits", "bounce"
+FLUSH_POLICY, EVENT_BITS = "flush_policy", "event_bits"
+BOUNCE, ALARMS = "bounce", "alarms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,11 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, BOUNCE, or empty for an exercise whose
-            answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, BOUNCE, ALARMS, or empty for an
+            exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
-        scenarios: of the guests that run with others, by name; see `balloons` and `event_slot`.
+        scenarios: of the guests that run with others, by name; see `balloons`, `event_slot` and `alarms_slot`.
         rules: of the `FlushClock`.
     """
 
@@ -61,7 +62,8 @@ class Slot:
     @property
     def most_decisions(self) -> int:
         """How often the part may be asked by one guest."""
-        return {PAGE_TYPES: MAX_ANSWERS, EVENT_BITS: MAX_QUESTIONS}.get(self.kind, MAX_DECISIONS)
+        most = {PAGE_TYPES: MAX_ANSWERS, EVENT_BITS: MAX_QUESTIONS, ALARMS: alarms_slot.MAX_ANSWERS}
+        return most.get(self.kind, MAX_DECISIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Run:
         flushes: what a flush policy was asked, and answered.
         event_questions: what event bits were asked, and answered.
         bounced: what a bounce was asked, and answered.
+        told: what a part that keeps alarms was told and asked, and answered.
     """
 
     xen: Hypervisor
@@ -107,6 +110,7 @@ class Run:
     flushes: Sequence[Asked] = ()
     event_questions: Sequence[EventQuestion] = ()
     bounced: Sequence[Bounced] = ()
+    told: Sequence[alarms_slot.Told] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -174,6 +178,10 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         assert raced.xen.trace is not None
         domain, events = raced.xen.domains[0], raced.xen.trace.events()
         return Run(raced.xen, domain, events, raced.problem, event_questions=raced.questions)
+    if slot.kind == ALARMS:
+        kept = alarms_slot.play(image, slot.scenarios[image.name], sink, part)
+        assert kept.xen.trace is not None
+        return Run(kept.xen, kept.xen.domains[0], kept.xen.trace.events(), kept.problem, told=kept.told)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -220,6 +228,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 
 
 __all__ = [
+    "ALARMS",
     "BALLOON",
     "BOUNCE",
     "EMULATOR",

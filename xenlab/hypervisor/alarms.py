@@ -31,7 +31,11 @@ class Alarms(Protocol):
         ...
 
     def run(self, vcpu: int, now: int, ran: int) -> None:
-        """``vcpu`` begins to run; nobody did.  Only vCPUs with an alarm on virtual time are announced."""
+        """``vcpu`` runs from now on; nobody did.
+
+        Only vCPUs that take ticks or have had an alarm on virtual time are announced, the first time just before that
+        is set.
+        """
         ...
 
     def stop(self, vcpu: int, now: int, ran: int) -> None:
@@ -66,7 +70,7 @@ class AlarmClocks:
         # Who runs, and what to add to its virtual time to get real time.
         self._running: tuple[int, int] | None = None
 
-    def set(self, vcpu: int, clock: str, at: int | None, now: int, ran: int) -> None:
+    def set(self, vcpu: int, clock: str, at: int | None, _now: int, _ran: int) -> None:
         alarms = self._real if clock == REAL else self._virtual
         if at is None:
             alarms.pop(vcpu, None)
@@ -77,8 +81,6 @@ class AlarmClocks:
             if len(self._heap) > 2 * len(self._real) + 8:
                 self._heap = [(at, vcpu) for vcpu, at in self._real.items()]
                 heapify(self._heap)
-        else:
-            self._running = vcpu, now - ran
 
     def run(self, vcpu: int, now: int, ran: int) -> None:
         self._running = vcpu, now - ran

@@ -74,7 +74,7 @@ class Timers:
 
     def set_virtual_timer(self, vcpu: Vcpu, low: int, high: int, *_: int) -> int:
         """Set the alarm on the time that the vCPU has run, in nanoseconds in two words, 0 for none."""
-        vcpu.attended = True
+        self.attend(vcpu)
         self.set_alarm(vcpu, VIRTUAL, low | high << 32)
         return 0
 
@@ -109,8 +109,10 @@ class Timers:
 
     def attend(self, vcpu: Vcpu) -> None:
         """Look at ``vcpu`` at each switch from now on: it has a timer that counts only while it runs."""
-        vcpu.attended = True
+        attended, vcpu.attended = vcpu.attended, True
         if vcpu is self._xen.current:
+            if not attended:
+                self._announce(vcpu)
             self._begin_ticks(vcpu)
             self._changed()
 
@@ -127,10 +129,13 @@ class Timers:
 
     def started(self, vcpu: Vcpu) -> None:
         """A vCPU that is attended to has got the CPU."""
-        now, ran = self._xen.now, vcpu.account.ran
-        self._ask(f"vCPU {vcpu.key} begins to run", lambda: self.alarms.run(vcpu.key, now, ran))
+        self._announce(vcpu)
         self._begin_ticks(vcpu)
         self._changed()
+
+    def _announce(self, vcpu: Vcpu) -> None:
+        now, ran = self._xen.now, virtual_time(self._xen, vcpu)
+        self._ask(f"vCPU {vcpu.key} begins to run", lambda: self.alarms.run(vcpu.key, now, ran))
 
     def stopped(self, vcpu: Vcpu) -> None:
         """A vCPU that is attended to has lost the CPU."""

@@ -93,7 +93,7 @@ class VcpuOps:
 
     def _register_runstate(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
         target.runstate_area = self._area(vcpu, address, _RUNSTATE.size)
-        target.attended = True
+        self._xen.timers.attend(target)
         self.switched_to(target)
 
     def _register_time(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:

@@ -93,6 +93,7 @@ def abi_symbols() -> dict[str, int]:
     names |= {f"EVTCHNOP_{command.name.lower()}": command.value for command in numbers.EvtchnOp}
     names |= {f"EVTCHNSTAT_{status.name.lower()}": status.value for status in numbers.EvtchnStatus}
     names |= {f"VIRQ_{virq.name}": virq.value for virq in numbers.Virq}
+    names |= {f"VCPUOP_{command.name.lower()}": command.value for command in numbers.VcpuOp}
     names |= {f"CALLBACKOP_{command.name.lower()}": command.value for command in numbers.CallbackOp}
     names |= {f"CALLBACKTYPE_{kind.name.lower()}": kind.value for kind in numbers.CallbackType}
     names |= {f"CONSOLEIO_{command.name.lower()}": command.value for command in numbers.ConsoleIo}
