@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
-from xenlab.grading import balloons
+from xenlab.grading import balloons, schedules
 from xenlab.grading.decisions import (
     MAX_DECISIONS,
     Decision,
@@ -34,7 +34,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY = "flush_policy"
+FLUSH_POLICY, SCHEDULER = "flush_policy", "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, or empty for an exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, SCHEDULER, or empty if the answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
-        scenarios: of the guests that run with others, by name; see `balloons`.
+        scenarios: of the guests that run with others, by name; see `balloons` and `schedules`.
         rules: of the `FlushClock`.
     """
 
@@ -58,7 +58,7 @@ class Slot:
     @property
     def most_decisions(self) -> int:
         """How often the part may be asked by one guest."""
-        return MAX_ANSWERS if self.kind == PAGE_TYPES else MAX_DECISIONS
+        return {PAGE_TYPES: MAX_ANSWERS, SCHEDULER: schedules.MAX_PICKS}.get(self.kind, MAX_DECISIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class Run:
         violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
         asked: what a balloon policy was asked, and what it answered.
         flushes: what a flush policy was asked, and answered.
+        scheduled: what a scheduler was told and asked, and answered.
     """
 
     xen: Hypervisor
@@ -100,6 +101,7 @@ class Run:
     violations: list[Violation] = field(default_factory=list)
     asked: Sequence[balloons.Asked] = ()
     flushes: Sequence[Asked] = ()
+    scheduled: Sequence[schedules.Call] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -162,6 +164,9 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         played = balloons.play(image, slot.scenarios[image.name], slot.number, sink, part)
         assert played.xen.trace is not None
         return Run(played.xen, played.xen.domains[0], played.xen.trace.events(), played.problem, asked=played.asked)
+    if slot.kind == SCHEDULER:
+        dealt = schedules.play(image, slot.scenarios[image.name], sink, part)
+        return Run(dealt.xen, dealt.xen.domains[0], [], dealt.problem, scheduled=dealt.log)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -200,6 +205,7 @@ __all__ = [
     "FLUSH_POLICY",
     "HYPERCALL",
     "PAGE_TYPES",
+    "SCHEDULER",
     "Call",
     "Run",
     "Slot",
