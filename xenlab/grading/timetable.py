@@ -6,7 +6,7 @@ plays no role.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xenlab.grading.schedules import PICK, SLEEP, WAKE, Call
@@ -109,7 +109,3 @@ def _picked(
     made.waits.append(Wait(call.vcpu, since, call.time, woke, served=True))
     return call.vcpu, call.time
 
-
-def longest(waits: Iterable[Wait]) -> Wait | None:
-    """The longest of some waits, the first of equal ones."""
-    return max(waits, key=lambda wait: (wait.length, -wait.start), default=None)

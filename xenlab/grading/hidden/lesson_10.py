@@ -13,6 +13,7 @@ def guests(lesson: BorrowedTime) -> list[Guest]:
         _changed(lesson),
         _small_riser(lesson),
         _borrower(lesson),
+        _twice(lesson),
         _greedy(lesson),
         lesson.crowd("larger-crowd", 11),
         _beside_a_borrower(lesson),
@@ -33,14 +34,14 @@ def _changed(lesson: BorrowedTime) -> Guest:
     """Weights change in the middle of turns; shares follow from then on."""
     turn = lesson.rules.turn
     sets = [(500 * turn + 5 + place, place, lesson.weight(size), 0) for place, size in enumerate((2, 0, 1))]
-    looks = (lesson.shares(0, 500), lesson.shares(504, 1_000), lesson.lengths)
+    looks = (lesson.shares(0, 500), lesson.shares(504, 1_000))
     return lesson.guest(SHARES, "changed", [lesson.row(size) for size in range(3)], 1_000, *looks, sets=sets)
 
 
 def _small_riser(lesson: BorrowedTime) -> Guest:
     rows = [lesson.row(0), lesson.row(0), lesson.row(0, WITHOUT_END)]
     keys = [(150 * lesson.rules.turn + 77, 2)]
-    looks = (lesson.head_start(2), lesson.latency(2, lesson.rules.turn))
+    looks = (lesson.head_start(2), lesson.latency(2, lesson.rules.turn), lesson.lengths)
     return lesson.guest(WAKING, "late-and-small", rows, 420, *looks, keys=keys)
 
 
@@ -48,7 +49,17 @@ def _borrower(lesson: BorrowedTime) -> Guest:
     """Wakes once, borrows all it may, and works on: it has to pay."""
     rows = [*[lesson.row(2)] * 3, lesson.row(2, WITHOUT_END, _warp(lesson))]
     keys = [(80 * lesson.rules.turn + 123, 3)]
-    return lesson.guest(WAKING, "borrower", rows, 320, lesson.latency(3, 10), lesson.head_start(3, borrowed=True), keys=keys)
+    looks = (lesson.latency(3, 10), lesson.in_one_go(3), lesson.head_start(3, borrowed=True))
+    return lesson.guest(WAKING, "borrower", rows, 320, *looks, keys=keys)
+
+
+def _twice(lesson: BorrowedTime) -> Guest:
+    """Comes back when its clock is far ahead, which is what a warp is for, and again when it is not."""
+    turn, window = lesson.rules.turn, lesson.rules.window
+    rows = [*[lesson.row(2)] * 3, lesson.row(2, window - 60, _warp(lesson))]
+    visits = [lesson.odd_time(number, 260) for number in range(1, 4)]
+    keys = [(visit + later, 3) for visit in visits for later in (0, window + 3 * turn)]
+    return lesson.guest(WAKING, "comes-back", rows, 900, lesson.latency(3, 10), lesson.in_one_go(3), keys=keys)
 
 
 def _greedy(lesson: BorrowedTime) -> Guest:
@@ -69,5 +80,5 @@ def _beside_a_borrower(lesson: BorrowedTime) -> Guest:
 def _beside_a_hundred(lesson: BorrowedTime) -> Guest:
     """The paper's experiment: a hundred that always work, and one that is hardly ever there."""
     rows = [*lesson.hundred(), lesson.row(1, lesson.rules.turn // 3, _warp(lesson))]
-    keys = [(lesson.odd_time(number, 200), 100) for number in range(1, 40)]
-    return lesson.guest(HUNDRED, "beside-a-hundred", rows, 9_000, lesson.latency(100, 10), lesson.shares(), keys=keys)
+    keys = [(lesson.odd_time(number, 140), 100) for number in range(1, 40)]
+    return lesson.guest(HUNDRED, "beside-a-hundred", rows, 5_600, lesson.latency(100, 10), lesson.shares(), keys=keys)

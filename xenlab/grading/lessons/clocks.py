@@ -89,15 +89,17 @@ class Astray:
 def first_astray(log: Sequence[Call], rules: Rules, after: int = 0) -> Astray | None:
     """The first turn from ``after`` on that began for somebody whose clock was not the least."""
     clocks: dict[int, Clock] = {}
+    floor = Fraction(0)
     running: int | None = None
     since = 0
     for call in log:
         if running is not None:
             clocks[running].run(call.time - since, rules)
         since = call.time
+        floor = max(floor, min((clock.time for clock in clocks.values() if clock.runnable), default=floor))
         if call.what != PICK:
             assert call.vcpu is not None
-            _tell(clocks, call.vcpu, call, rules)
+            _tell(clocks.setdefault(call.vcpu, Clock()), call, rules, floor)
             running = None if call.what == SLEEP and call.vcpu == running else running
         else:
             ready = {vcpu: clock.effective for vcpu, clock in clocks.items() if clock.runnable}
@@ -109,14 +111,11 @@ def first_astray(log: Sequence[Call], rules: Rules, after: int = 0) -> Astray | 
     return None
 
 
-def _tell(clocks: dict[int, Clock], vcpu: int, call: Call, rules: Rules) -> None:
-    clock = clocks.setdefault(vcpu, Clock())
+def _tell(clock: Clock, call: Call, rules: Rules, floor: Fraction) -> None:
     if call.what == TOLD:
         clock.cost, clock.warp = rules.cost(call.weight), call.warp
     elif call.what == WAKE:
-        least = min((other.time for other in clocks.values() if other.runnable), default=None)
-        if least is not None:
-            clock.time = max(clock.time, least - rules.credit * clock.cost)
+        clock.time = max(clock.time, floor - rules.credit * clock.cost)
         clock.runnable, clock.left = True, rules.window
     else:
         clock.runnable = False

@@ -17,7 +17,7 @@ from xenlab.grading.instances import Choices
 from xenlab.grading.lessons.base import Finding, Guest, Plan
 from xenlab.grading.lessons.clocks import BASE, DOUBLING, PRICE, Rules, first_astray, told
 from xenlab.grading.schedules import PICK, TOLD, Scenario
-from xenlab.grading.timetable import Timetable, Wait, longest, timetable
+from xenlab.grading.timetable import Timetable, Wait, timetable
 
 SHARES, WAKING, WAITING, HUNDRED = "10.1", "10.2", "10.3", "10.4"
 WITHOUT_END = 1_000_000_000
@@ -37,7 +37,7 @@ class BorrowedTime:
     title = "A scheduler"
     plan = (
         Plan(SHARES, 3, "each gets the share that its weight says, within 4 %, and turns have their length"),
-        Plan(WAKING, 3, "who slept may have saved so much and no more; who borrows runs at once, and pays"),
+        Plan(WAKING, 3, "who slept may have saved so much and no more; who borrows runs at once, and pays", needs=SHARES),
         Plan(WAITING, 2, "the CPU is idle only when nobody can run, and nobody waits for ever", needs=SHARES),
         Plan(HUNDRED, 2, "shares and latency hold among a hundred domains", needs=SHARES),
     )
@@ -81,9 +81,9 @@ class BorrowedTime:
             f"2. **Turns.** Whoever is picked gets a turn of {rules.turn} instructions. When it is over, the runnable "
             "vCPU whose clock is furthest behind is picked, of equal ones the lower number. A `pick` in the middle of "
             "a turn, because somebody woke or was told something, lets the turn go on, unless rule 4 says otherwise.\n"
-            "3. **Sleep.** Whoever wakes and is further behind than the least clock of those that are runnable is put "
-            f"forward to it, **less what {rules.credit} instructions of its own would take**. So much may be saved, and "
-            "no more.\n"
+            "3. **Sleep.** The *floor* is the furthest that the least clock of all runnable vCPUs has ever come; it never "
+            f"goes back. Whoever wakes further behind it than {rules.credit} instructions of its own would take is put "
+            f"forward to there: **to the floor less {rules.credit} / share**. So much may be saved, and no more.\n"
             f"4. **Borrowing.** A vCPU with a `warp` above 0 borrows the first {rules.window} instructions that it runs "
             "after each wake-up. As long as it has not used them up, it competes as if its clock were behind by what "
             "`warp` instructions of its own would take. If it wakes and is then furthest behind, it is picked at once. "
@@ -132,7 +132,7 @@ class BorrowedTime:
         quarter, warp = turn // 4, 2 * self.rules.factor * window
         ones = [self.row(1)] * 3
         return [
-            self.guest(SHARES, "four", [self.row(size) for size in range(CLASSES)], 1_000, self.shares(), self.lengths),
+            self.guest(SHARES, "four", [self.row(size) for size in range(CLASSES)], 1_000, self.shares()),
             self.guest(WAKING, "late-riser", [*ones, self.row(1, WITHOUT_END)], 260, self.head_start(3), keys=[(60 * turn, 3)]),
             self.guest(
                 WAKING,
@@ -140,11 +140,12 @@ class BorrowedTime:
                 [*ones, self.row(1, quarter, warp)],
                 300,
                 self.latency(3, _AT_ONCE),
+                self.in_one_go(3),
                 keys=[(self.odd_time(number, 20), 3) for number in range(1, 14)],
             ),
             self.guest(WAITING, "naps", [self.row(1, quarter), self.row(2, turn)], 40, self.conserved, then=[0, 1, 0, 0, 1]),
             self.crowd("crowd", 6),
-            self.guest(HUNDRED, "hundred", self.hundred(), 9_000, self.shares()),
+            self.guest(HUNDRED, "hundred", self.hundred(), 5_600, self.shares()),
         ]
 
     def odd_time(self, number: int, apart: int) -> int:
@@ -152,8 +153,8 @@ class BorrowedTime:
         return self.rules.turn * apart * number + self._choices.number(f"odd.{number}", 30, 370)
 
     def hundred(self) -> list[dict[str, int]]:
-        """A hundred that always work, of shares 1, 2 and 4."""
-        return [self.row(self._choices.number(f"one-of-{number}", 0, 2)) for number in range(100)]
+        """A hundred that always work, of shares 1 and 2."""
+        return [self.row(self._choices.number(f"one-of-{number}", 0, 1)) for number in range(100)]
 
     def crowd(self, name: str, sleepers: int) -> Guest:
         """One small one that always works among many that wake up all the time."""
@@ -278,6 +279,23 @@ class BorrowedTime:
 
         return look
 
+    def in_one_go(self, domid: int) -> Look:
+        """What is borrowed is had at once: nobody comes between."""
+
+        def look(table: Timetable, run: Run, scenario: Scenario) -> str:
+            vcpu, work = domid * VCPUS, scenario["domains"][domid]["work"]
+            starts = {wait.end for wait in table.after_waking(vcpu) if wait.start > 0}
+            least = min(work, self.rules.window)
+            for turn in table.turns:
+                if turn.vcpu == vcpu and turn.start in starts and turn.length < min(least, table.end - turn.start):
+                    return (
+                        f"first wrong step: instruction {turn.end}: vCPU {vcpu}, which woke at {turn.start}, lost the CPU "
+                        f"after {turn.length} instructions; expected {least} in one go, which it borrows{self._astray(run, 0)}"
+                    )
+            return ""
+
+        return look
+
     def paid(self, domid: int) -> Look:
         """One that wakes all the time gets no more than its share, what it may borrow and what it may have saved."""
 
@@ -306,7 +324,6 @@ class BorrowedTime:
 
     def waits(self, table: Timetable, run: Run, scenario: Scenario) -> str:
         """Nobody waits longer than the clocks of all others can keep it waiting."""
-        wait = longest(table.waits)
         for wait in sorted(table.waits, key=lambda wait: wait.end):
             most = self._longest_wait(wait.vcpu // VCPUS, scenario["domains"])
             if wait.length > most:
@@ -317,11 +334,12 @@ class BorrowedTime:
         return ""
 
     def _longest_wait(self, mine: int, rows: Sequence[dict[str, int]]) -> Fraction:
-        """Each other one may run until its clock has passed mine, which is a turn ahead at most, and a turn more."""
+        """Each other one may run until its clock has passed mine, and then for a turn more."""
         rules, share = self.rules, [self.rules.share(row["weight"]) for row in rows]
+        ahead = rules.factor * (rules.window + rules.turn) if rows[mine]["warp"] else rules.turn
         return sum(
             (
-                rules.turn * share[other] / share[mine]
+                ahead * share[other] / share[mine]
                 + rules.turn
                 + (rules.credit if row["work"] else 0)
                 + (row["warp"] + rules.window if row["warp"] else 0)
