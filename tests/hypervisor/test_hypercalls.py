@@ -39,6 +39,9 @@ SERVED = {
     Hypercall.set_callbacks,
     Hypercall.callback_op,
     Hypercall.event_channel_op,
+    Hypercall.vcpu_op,
+    Hypercall.set_timer_op,
+    Hypercall.set_virtual_timer,
 }
 # Batches are done up to the first that is refused; a wild set of vCPUs to flush is found when the entry is changed.
 DONE_IN_PART = {

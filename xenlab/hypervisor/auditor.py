@@ -127,6 +127,9 @@ class _Audit:
         mine = [mfn for mfn in self.frames.owned_by(domain.domid) if flags[mfn] & OWNED]
         self.refs[mine] += 1
         self._use(domain, domain.shared_info_mfn, Use.WRITE, "the shared page")
+        for vcpu in domain.vcpus:
+            if vcpu.info_mfn:
+                self._use(domain, vcpu.info_mfn, Use.WRITE, "a vCPU's record")
         tree = _Tree()
         for mfn, use, what in self._roots(domain, mine):
             self._table(domain, tree, mfn, use, what)

@@ -21,10 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Shutdown, Virq
+from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Shutdown
 from xenlab.errors import HypercallError, PartError, XenlabError
 from xenlab.hypervisor import lifecycle, saving
+from xenlab.hypervisor.accounting import change_places, settle
+from xenlab.hypervisor.alarms import Alarms
 from xenlab.hypervisor.checked_types import CheckedTypes
+from xenlab.hypervisor.clocks import Clocks
 from xenlab.hypervisor.descriptor_tables import DescriptorTables
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
@@ -48,9 +51,11 @@ from xenlab.hypervisor.result import Stop as Stop
 from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
 from xenlab.hypervisor.services import Services
 from xenlab.hypervisor.shared_pages import SharedPages
+from xenlab.hypervisor.timers import NEVER, Timers
 from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
+from xenlab.hypervisor.vcpu_op import VcpuOps
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT
 
@@ -68,6 +73,7 @@ class Hypervisor:
         scheduler: who runs next; round robin if not given.
         emulator: privileged instructions; Xen's choice if not given.
         hypercalls: further hypercalls by number, written in plain values.
+        alarms: the two alarm timers of each vCPU; ours if not given.
         page_types: types and counts of frames; ours on the frame table if not given.
         flush_policy: when a frame that changes its use needs the TLB emptied; only if it must be, if not given.
         trace: where events are recorded; None for no recording.
@@ -84,11 +90,11 @@ class Hypervisor:
     # In a dictionary, more than thirty attributes are read more slowly by a tenth of a trap.
     # fmt: off
     __slots__ = (
-        "_bytes", "_fault", "_handlers", "_trace", "_upcall", "allowance", "cpu", "current",
+        "_bytes", "_fault", "_handlers", "_trace", "_upcall", "allowance", "clocks", "cpu", "current",
         "descriptor_tables", "domains", "emulator", "events", "exceptions", "frames", "guest_memory",
         "hypercalls", "inputs", "machine", "memory", "memory_ops", "mmu", "page_tables", "page_types",
-        "pick_needed", "recorder", "reservations", "scheduler", "services", "shared_pages", "slice_end", "tlb",
-        "traps", "vcpus",
+        "pick_needed", "recorder", "reservations", "scheduler", "services", "shared_pages", "slice_end", "timers",
+        "tlb", "traps", "vcpu_ops", "vcpus",
     )
     # fmt: on
 
@@ -99,6 +105,7 @@ class Hypervisor:
         scheduler: Scheduler | None = None,
         emulator: Emulator | None = None,
         hypercalls: Mapping[int, HypercallPart] | None = None,
+        alarms: Alarms | None = None,
         page_types: PageTypes | None = None,
         flush_policy: FlushPolicy | None = None,
         trace: Trace | None = None,
@@ -119,6 +126,7 @@ class Hypervisor:
         self.services = Services(self)
         self.events = EventChannels(self)
         self._upcall, self._bytes = self.events.upcall, self.memory.bytes
+        self.clocks, self.timers, self.vcpu_ops = Clocks(self), Timers(self, alarms), VcpuOps(self)
         self.exceptions = Exceptions(self)
         self._fault = self.exceptions.handle
         for number, part in (hypercalls or {}).items():
@@ -185,23 +193,35 @@ class Hypervisor:
         end = start + instructions
         while self.now < end:
             self._do_what_is_due()
-            if self.current is None:
-                return RunResult(self.now - start, Stop.IDLE)
             due = self.inputs.next_time()
-            self.cpu.run_until(end if due is None else min(end, due))
+            until = end if due is None else min(end, due)
+            if self.current is not None:
+                self.cpu.run_until(until)
+            elif self.timers.due < NEVER:
+                # All sleep, and somebody has set an alarm: nothing happens until then.
+                self.cpu.instructions = min(until, self.timers.due)
+            else:
+                return RunResult(self.now - start, Stop.IDLE)
         return RunResult(self.now - start, Stop.BUDGET)
 
     def _do_what_is_due(self) -> None:
-        """The end of a slice, then inputs one by one, before guest code goes on.
+        """The end of a slice, then timers, then inputs one by one, before guest code goes on.
 
         The order is fixed and a second call does nothing, so that a run that went idle between
         two inputs of the same time cannot be told from one that took both at once.
         """
         self._pick_if_due()
+        while self.timers.due <= self.now:
+            self.timers.expire()
+            self._go_on()
         while self.inputs.apply_next(self):
-            if self.current is not None and not self.pick_needed:
-                self._upcall(self.current)
-            self._pick_if_due()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Something happened between two instructions: an upcall, another vCPU."""
+        if self.current is not None and not self.pick_needed:
+            self._upcall(self.current)
+        self._pick_if_due()
 
     def _pick_if_due(self) -> None:
         while self.pick_needed or (self.current is not None and self.now >= self.slice_end):
@@ -211,6 +231,7 @@ class Hypervisor:
         """Every exception and software interrupt of every guest comes here."""
         vcpu = self.current
         assert vcpu is not None
+        vcpu.account.entries += 1
         if vector == HYPERCALL_VECTOR:
             # The shortest way through, since guests come here most.
             state = vcpu.state
@@ -247,39 +268,38 @@ class Hypervisor:
 
     def block(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` sleep until `wake`."""
-        self._sleep(vcpu, RunState.BLOCKED)
+        self.sleep(vcpu, RunState.BLOCKED)
 
     def wake(self, vcpu: Vcpu) -> None:
         """Make a blocked vCPU runnable; a paused one stays paused but will not sleep on."""
         if vcpu.run_state is RunState.PAUSED:
             vcpu.paused_from = RunState.RUNNABLE
         elif vcpu.run_state is RunState.BLOCKED:
-            self._make_runnable(vcpu)
+            self.make_runnable(vcpu)
 
     def pause(self, domain: Domain) -> None:
         """Stop running ``domain`` until `unpause`.  Pausing twice is pausing once."""
-        for vcpu in domain.vcpus:
-            if vcpu.run_state in (RunState.RUNNABLE, RunState.BLOCKED):
-                vcpu.paused_from = vcpu.run_state
-                self._sleep(vcpu, RunState.PAUSED)
-        self.record(Kind.DOMAIN, domain.domid, "paused")
+        lifecycle.pause(self, domain)
 
     def unpause(self, domain: Domain) -> None:
         """Let a paused domain go on from where it was."""
-        for vcpu in domain.vcpus:
-            if vcpu.run_state is RunState.PAUSED:
-                if vcpu.paused_from is RunState.RUNNABLE:
-                    self._make_runnable(vcpu)
-                else:
-                    vcpu.run_state = vcpu.paused_from
-        self.record(Kind.DOMAIN, domain.domid, "unpaused")
+        lifecycle.unpause(self, domain)
 
-    def _make_runnable(self, vcpu: Vcpu) -> None:
+    def _settle(self, vcpu: Vcpu) -> None:
+        if vcpu is not self.current:  # that one runs, whatever it may do next, until there is a switch
+            settle(vcpu, self.now)
+
+    def make_runnable(self, vcpu: Vcpu) -> None:
+        """Offer ``vcpu``, which was not runnable, to the scheduler."""
+        self._settle(vcpu)
+        vcpu.account.woken = vcpu.run_state is RunState.BLOCKED and vcpu is not self.current
         vcpu.run_state = RunState.RUNNABLE
         self.reschedule()
         self._tell_scheduler(self.scheduler.wake, vcpu)
 
-    def _sleep(self, vcpu: Vcpu, run_state: RunState) -> None:
+    def sleep(self, vcpu: Vcpu, run_state: RunState) -> None:
+        """Let ``vcpu`` not be runnable any more, but be in ``run_state``."""
+        self._settle(vcpu)
         before, vcpu.run_state = vcpu.run_state, run_state
         self.reschedule()
         if before is RunState.RUNNABLE:
@@ -314,12 +334,19 @@ class Hypervisor:
         elif chosen.run_state is not _RUNNABLE or type(end) is not int or end <= now:
             raise self._wrong_pick(picked)
         else:
-            self.slice_end = self.cpu.deadline = end
+            self.slice_end = end
             if chosen is not before:
                 self.cpu.load(chosen.state)
                 self.tlb.counts[SWITCH] += 1
         self.pick_needed = False
         self.current = chosen
+        if chosen is not before:
+            change_places(self, before, chosen, now)
+        if chosen is not None:
+            if now >= chosen.record_due:
+                self.clocks.refresh(chosen)
+            due = self.timers.due
+            self.cpu.deadline = self.slice_end if self.slice_end < due else due
         if self.recorder is not None and chosen is not before:
             to, length = picked or (-1, 0)
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
@@ -339,11 +366,7 @@ class Hypervisor:
 
     def shut_down(self, domain: Domain, reason: Shutdown) -> None:
         """End ``domain``; its memory stays until `destroy`."""
-        domain.shutdown = reason
-        for vcpu in domain.vcpus:
-            self._sleep(vcpu, RunState.ENDED)
-        self.record(Kind.DOMAIN, domain.domid, f"ended:{reason.name.lower()}")
-        self.events.raise_virq(Virq.DOM_EXC)
+        lifecycle.shut_down(self, domain, reason)
 
     def crash(self, vcpu: Vcpu, reason: str) -> None:
         """End the domain of ``vcpu`` for a fault of its own, with a report."""

@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import Any
 
 from xenlab.abi.numbers import EvtchnStatus, Shutdown
+from xenlab.hypervisor.accounting import Account
 from xenlab.hypervisor.layout import flat_segments, segments_end
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import PagingMode
@@ -24,6 +25,7 @@ VECTORS = 256
 VCPUS_PER_DOMAIN = 32
 CONSOLE_BYTES = 1 << 20
 VCPU_INFO_BYTES = 64  # struct vcpu_info in xen.h
+TICK_INSTRUCTIONS = 1_000_000  # ten milliseconds
 # Control and debug registers as the guest sees them at its start.
 INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
 INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr7": 0x400}
@@ -90,7 +92,13 @@ class Vcpu:
         fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
-        info: machine address of its part of the shared-information page.
+        info: machine address of its `vcpu_info`: a part of the shared-information page, or where it asked for.
+        info_mfn: the frame that it asked for, 0 for none.
+        account: how it spent its time.
+        record_due: when its time record is to be renewed, if it gets the CPU.
+        attended: whether something has to be done whenever it gets the CPU or loses it (`timers`, `vcpu_op`).
+        tick_period, last_tick: of its periodic timer, in instructions.
+        runstate_area, time_area: linear addresses where it wants copies of its records, 0 for nowhere.
         opened_at: when a page table was last opened for a store of its (`writable_tables`).
         gdt: frames of its descriptor table, behind the hypervisor's own page.
         ldt: linear address and number of entries of its local descriptor table.
@@ -115,6 +123,14 @@ class Vcpu:
     gdt: tuple[int, ...] = ()
     ldt: tuple[int, int] = (0, 0)
     user_base: int = 0
+    info_mfn: int = 0
+    account: Account = field(default_factory=Account)
+    record_due: int = 0
+    attended: bool = False
+    tick_period: int = TICK_INSTRUCTIONS
+    last_tick: int = 0
+    runstate_area: int = 0
+    time_area: int = 0
     domid: int = field(init=False)
     info: int = field(init=False)
     address_limit: int = field(init=False)
@@ -149,6 +165,10 @@ class Vcpu:
             "fetch_faults": self.fetch_faults,
             "opened_at": self.opened_at,
             "tables": (self.gdt, self.ldt, self.user_base),
+            "info": (self.info, self.info_mfn),
+            "account": self.account.state(),
+            "clocks": (self.record_due, self.attended, self.tick_period, self.last_tick),
+            "areas": (self.runstate_area, self.time_area),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -161,6 +181,10 @@ class Vcpu:
         self.run_state, self.paused_from = saved["run_state"]
         self.fetch_faults, self.opened_at = saved["fetch_faults"], saved["opened_at"]
         self.gdt, self.ldt, self.user_base = saved["tables"]
+        self.info, self.info_mfn = saved["info"]
+        self.account = Account.of(saved["account"])
+        self.record_due, self.attended, self.tick_period, self.last_tick = saved["clocks"]
+        self.runstate_area, self.time_area = saved["areas"]
 
 
 @dataclass(slots=True, eq=False)

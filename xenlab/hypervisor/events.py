@@ -41,7 +41,7 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.domain import Domain, Gate, Port, Vcpu
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
 from xenlab.machine.cpu import SOFTWARE
@@ -58,7 +58,7 @@ _UPCALL_MASK, _SELECTOR = VcpuInfo.evtchn_upcall_mask.offset, VcpuInfo.evtchn_pe
 _MOST_POLLED = 128
 _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
-_OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU))
+_OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
 _UPCALL = int(Kind.UPCALL)
 # What an operation gives back: the last words of its argument, as they are written to the guest.
 _Answer = tuple[int, ...]
@@ -157,21 +157,16 @@ class EventChannels:
             self._xen.block(vcpu)
 
     def poll(self, vcpu: Vcpu, address: int) -> None:
-        """Sleep until an event comes at one of the ports of a ``sched_poll``, whether masked or not.
-
-        Raises:
-            HypercallError: ENOSYS for a timeout, since there are no timers.
-        """
+        """Sleep until an event comes at one of the ports of a ``sched_poll``, masked or not, or until its time."""
         ports, count, timeout = _POLL.unpack(self._guest.read(vcpu, address, _POLL.size))
         if count > _MOST_POLLED:
             raise HypercallError(Errno.EINVAL)
-        if timeout:
-            raise HypercallError(Errno.ENOSYS)
         polled = [port for (port,) in iter_unpack("<I", self._guest.read(vcpu, ports, 4 * count))]
         if self.due(vcpu) or any(self._is_pending(vcpu.domain, port) for port in polled):
             return
         vcpu.polling = polled[0] if count == 1 else ANY_PORT
         self._xen.block(vcpu)
+        self._xen.timers.limit_poll(vcpu, timeout)
 
     def _is_pending(self, domain: Domain, port: int) -> bool:
         if _checked(port) not in domain.ports:
@@ -185,6 +180,12 @@ class EventChannels:
             port = _virq_port(domain, virq) if domain.privileged else None
             if port is not None:
                 self.set_pending(domain, port)
+
+    def raise_virq_of(self, vcpu: Vcpu, virq: Virq) -> None:
+        """Something that concerns one vCPU, if its domain has bound a port to it."""
+        port = _virq_port(vcpu.domain, virq, vcpu.key % VCPUS_PER_DOMAIN)
+        if port is not None:
+            self.set_pending(vcpu.domain, port)
 
     # The ports.
 
@@ -231,6 +232,8 @@ class EventChannels:
             raise HypercallError(Errno.EEXIST)
         port = _free_port(vcpu.domain)
         vcpu.domain.ports[port] = Port(EvtchnStatus.VIRQ, number, virq=virq)
+        if virq == Virq.TIMER:
+            self._xen.timers.attend(vcpu.domain.vcpus[number])
         return (port,)
 
     def _bind_ipi(self, vcpu: Vcpu, words: _Answer) -> _Answer:

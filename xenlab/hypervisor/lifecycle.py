@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from xenlab.abi.numbers import Shutdown, Virq
 from xenlab.errors import HypercallError, ImageError, MachineError
 from xenlab.hypervisor import scheduling
-from xenlab.hypervisor.domain import Domain, Vcpu
+from xenlab.hypervisor.accounting import change_places, settle
+from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
 from xenlab.hypervisor.page_tables import root_use
 from xenlab.hypervisor.trace import HAS, Kind
@@ -51,6 +52,7 @@ def new_domain(xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, priv
     domain = Domain(domid, name, mode, [], [own_table], shared_info, slots, 0, pages, privileged=privileged)
     xen.domains[domid] = domain
     xen.reservations.adopt(domain, shared_info)
+    xen.clocks.show_wall_clock(domain)
     domain.frames.extend(xen.reservations.allocate(domain, pages))
     for pfn, mfn in enumerate(domain.frames):
         xen.frames.m2p[mfn] = pfn
@@ -84,11 +86,43 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
         ) from None
     xen.page_tables.take(domain, root, use)
     xen.frames.flags[root] |= PINNED
+    vcpu.account.since = xen.now
     domain.vcpus.append(vcpu)
     xen.vcpus[vcpu.key] = vcpu
     scheduling.introduce(xen, vcpu)
     xen.record(Kind.DOMAIN, domain.domid, "created")
     xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
+
+
+def pause(xen: Hypervisor, domain: Domain) -> None:
+    """Stop running ``domain`` until `unpause`; one that is paused stays so."""
+    for vcpu in domain.vcpus:
+        if vcpu.run_state in (RunState.RUNNABLE, RunState.BLOCKED):
+            vcpu.paused_from = vcpu.run_state
+            xen.sleep(vcpu, RunState.PAUSED)
+    xen.record(Kind.DOMAIN, domain.domid, "paused")
+
+
+def unpause(xen: Hypervisor, domain: Domain) -> None:
+    """Let a paused domain go on from where it was."""
+    for vcpu in domain.vcpus:
+        if vcpu.run_state is RunState.PAUSED:
+            if vcpu.paused_from is RunState.RUNNABLE:
+                xen.make_runnable(vcpu)
+            else:
+                settle(vcpu, xen.now)
+                vcpu.run_state = vcpu.paused_from
+    xen.record(Kind.DOMAIN, domain.domid, "unpaused")
+
+
+def shut_down(xen: Hypervisor, domain: Domain, reason: Shutdown) -> None:
+    """End ``domain``; its memory stays until `destroy`, and the control domain is told."""
+    domain.shutdown = reason
+    for vcpu in domain.vcpus:
+        xen.sleep(vcpu, RunState.ENDED)
+        xen.timers.forget(vcpu)
+    xen.record(Kind.DOMAIN, domain.domid, f"ended:{reason.name.lower()}")
+    xen.events.raise_virq(Virq.DOM_EXC)
 
 
 def destroy(xen: Hypervisor, domain: Domain) -> None:
@@ -103,9 +137,11 @@ def destroy(xen: Hypervisor, domain: Domain) -> None:
     xen.allowance.unlimited()
     for vcpu in domain.vcpus:
         _drop_tables(xen, vcpu)
+        xen.vcpu_ops.release(vcpu)
         scheduling.forget(xen, vcpu)
         del xen.vcpus[vcpu.key]
         if xen.current is vcpu:
+            change_places(xen, vcpu, None, xen.now)
             xen.current = None
     xen.events.close_all(domain)
     xen.reservations.reclaim(domain)

@@ -28,6 +28,8 @@ def snapshot(xen: Hypervisor) -> dict[str, Any]:
         "domains": dict(xen.domains),
         "states": {domid: domain.snapshot() for domid, domain in xen.domains.items()},
         "vcpus": dict(xen.vcpus),
+        "clocks": xen.clocks.state(),
+        "timers": xen.timers.state(),
         "inputs": xen.inputs.state(),
     }
 
@@ -50,7 +52,9 @@ def restore(xen: Hypervisor, saved: dict[str, Any]) -> None:
     xen.page_tables.load(saved["tables"])
     xen.shared_pages.load(saved["shared"])
     xen.inputs.load(saved["inputs"])
-    xen.cpu.deadline = xen.slice_end
+    xen.clocks.load(saved["clocks"])
+    xen.timers.load(saved["timers"])
+    xen.cpu.deadline = min(xen.slice_end, xen.timers.due)
     if xen.current is not None:
         xen.cpu.load(xen.current.state)
 
@@ -61,6 +65,7 @@ def _parts(xen: Hypervisor) -> list[tuple[str, object]]:
     slots: list[tuple[str, object]] = [
         ("scheduler", xen.scheduler),
         ("emulator", xen.emulator),
+        ("alarms", xen.timers.alarms),
         ("page_types", xen.page_types),
         ("flush_policy", xen.tlb.policy),
     ]

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     REFUSED = 13  # frame of the table, index, entry, errno
     MEMORY = 14  # how many pages a domain has, may have, should have: which of these, and the number
     UPCALL = 15  # from ring, to ring, callback's eip, frame address, frame words
+    TIMER = 16  # vcpu, which of its timers went off
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -60,6 +61,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.REFUSED: ("table", "index", "entry", "errno"),
     Kind.MEMORY: ("what", "pages"),
     Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
+    Kind.TIMER: ("vcpu", "timer"),
 }
 
 

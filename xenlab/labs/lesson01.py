@@ -112,9 +112,13 @@ def observe(code: str, ring: int, *, emulator: Emulator | None = None) -> Observ
 
 
 def kernel(source: str, *, ring: int = 1, emulator: Emulator | None = None) -> Hypervisor:
-    """A machine with ``source`` as its only guest, in ``ring`` 1, or 0 as if it had the machine for itself."""
+    """A machine with ``source`` as its only guest, in ``ring`` 1, or 0 as if it had the machine for itself.
+
+    It takes upcalls already, as a kernel does once it has set itself up.
+    """
     xen = Hypervisor(Machine(_MACHINE_MIB), trace=Trace(), emulator=emulator)
     domain = boot(xen, source, name=f"kernel in ring {ring}")
+    xen.traps.set_event_mask(domain.vcpus[0], 0)
     if ring == 0:
         state = domain.vcpus[0].state
         state.load_segment("ss", _RING0_DS, flat_data(0))

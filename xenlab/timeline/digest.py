@@ -35,7 +35,7 @@ def machine_hash(hypervisor: Hypervisor) -> str:
 
 def _state(hypervisor: Hypervisor) -> Iterator[Any]:
     saved = hypervisor.snapshot()
-    for name in ("time", "current", "slice", "parts", "inputs", "shared", "tables"):
+    for name in ("time", "current", "slice", "parts", "inputs", "shared", "tables", "clocks", "timers"):
         yield saved[name]
     for name, column in saved["frames"].items():
         if name != "left":  # in flushes of the TLB, which replays have more of

@@ -2,8 +2,9 @@
 
 In Xen this is work of the control domain's tools, not of the hypervisor.  What a new guest finds in its memory is
 laid out in `plan`; here it is written.  It begins with ESI pointing at ``start_info``, ESP at the top of its stack,
-paging on, in ring 1 with flat segments.  The page tables are mapped read-only for the guest, as every page table
-always is.  The shared-information page is named by its machine address, and the guest maps it where it likes.
+paging on, in ring 1 with flat segments and with its events masked.  The page tables are mapped read-only for the
+guest, as every page table always is.  The shared-information page is named by its machine address, and the guest
+maps it where it likes.
 
 The invariant: the frames that the new page tables name all belong to the domain, but for the
 shared-information page and the hypervisor's own range, which the guest cannot change.  What
@@ -23,10 +24,11 @@ from xenlab.abi.structures import (
     START_INFO_MAGIC_PAE,
     ScreenInfo,
     StartInfo,
+    VcpuInfo,
 )
 from xenlab.errors import ImageError
 from xenlab.hypervisor.core import Hypervisor
-from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Vcpu
+from xenlab.hypervisor.domain import VCPU_INFO_BYTES, VCPUS_PER_DOMAIN, Domain, Vcpu
 from xenlab.hypervisor.hypercalls import hypercall_page
 from xenlab.hypervisor.layout import flat_descriptors
 from xenlab.hypervisor.lifecycle import add_vcpu, frames_beside, new_domain
@@ -77,6 +79,7 @@ def build(
     builder.load_image()
     builder.write_p2m()
     builder.write_start_info(text)
+    builder.mask_events()
     cr3 = builder.write_page_tables()
     add_vcpu(hypervisor, builder.first_vcpu(cr3))
     return domain
@@ -134,6 +137,13 @@ class _Builder:
             domain.store_mfn, domain.console_mfn = info.store_mfn, info.console_mfn
         # The machine has no screen, and a page that is all zeros says so.
         self._store(layout.address(layout.start_info), bytes(info))
+
+    def mask_events(self) -> None:
+        """No vCPU takes events before its kernel says so: it begins with ``evtchn_upcall_mask`` set."""
+        shared = self._domain.shared_info_mfn << PAGE_SHIFT
+        first = shared + VcpuInfo.evtchn_upcall_mask.offset
+        for number in range(VCPUS_PER_DOMAIN):
+            self._memory.bytes[first + number * VCPU_INFO_BYTES] = 1
 
     def write_page_tables(self) -> int:
         """Map the region; returns CR3."""
