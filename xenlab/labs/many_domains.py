@@ -41,6 +41,7 @@ INSTRUCTIONS_PER_MS = 100_000
 # CPU time leaves out what other programs on this host take.  On Windows it moves in steps of 15 ms.
 _seconds = time.perf_counter if sys.platform == "win32" else time.thread_time
 
+DEFAULT_RUN = 128 * INSTRUCTIONS_PER_MS
 # A wait for answers is looked at so many times in a round.
 _PARTS = 20
 # What the paper states in 4.5: throughput against one domain, mean and standard deviation of responses in ms.
@@ -64,7 +65,7 @@ class Throughput:
     Attributes:
         domains: how many computed.
         slice_ms: the length of their turns.
-        host_rate: units of work in a second of the host, the median of several runs.
+        host_rate: units of work in a second of the host, the median of several runs; every instruction is work.
         against_one: that, divided by the rate of one domain alone, measured by turns; the median.
         simulated_ms: how long all runs were.
         switches: how often another domain's turn came, in all runs.
@@ -89,18 +90,13 @@ class Throughput:
         """The same as for one domain: in simulated time a switch takes nothing."""
         return self.units / self.simulated_ms * 1000
 
-    @property
-    def useful(self) -> float:
-        """The part of the simulated time that was spent on whole units of work."""
-        return self.units * UNIT_INSTRUCTIONS / (self.simulated_ms * INSTRUCTIONS_PER_MS)
-
 
 def throughput(
     counts: Iterable[int] = (1, 128),
     slices_ms: Sequence[float] = (5, 50),
     *,
     make: MakeScheduler = borrowed_virtual_time,
-    instructions: int = 12_800_000,
+    instructions: int = DEFAULT_RUN,
     repeats: int = 5,
 ) -> tuple[Throughput, ...]:
     """Measure domains that compute, so many at a time, against one; for each length of turns.
@@ -117,13 +113,22 @@ def throughput(
     """
     counts = sorted({1, *counts})
     crowds = [Crowd(count) for count in counts]
-    return tuple(found for ms in slices_ms for found in _race(crowds, ms, make, instructions, repeats))
+    return tuple(
+        found
+        for slice_ms in slices_ms
+        for found in race(crowds, slice_ms, make=make, instructions=instructions, repeats=repeats)
+    )
 
 
-def _race(
-    crowds: Sequence[Crowd], slice_ms: float, make: MakeScheduler, instructions: int, repeats: int
+def race(
+    crowds: Sequence[Crowd],
+    slice_ms: float,
+    *,
+    make: MakeScheduler = borrowed_virtual_time,
+    instructions: int = DEFAULT_RUN,
+    repeats: int = 1,
 ) -> list[Throughput]:
-    """Let all run by turns, the crowd of one first."""
+    """Let ``crowds``, the first of which has one domain that computes, run by turns; see `throughput`."""
     for crowd in crowds:
         crowd.schedule(make(_instructions(slice_ms)))
         crowd.xen.run(_instructions(slice_ms) // 2)
