@@ -14,10 +14,12 @@ breaks without it: the first slice of a measurement is one of starting guests an
 
 from __future__ import annotations
 
-from xenlab.errors import XenlabError
+from copy import deepcopy
+
+from xenlab.errors import ScheduleError, XenlabError
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
-from xenlab.hypervisor.schedulers import RoundRobin, Scheduler
+from xenlab.hypervisor.schedulers import RoundRobin, Scheduler, Tunable
 from xenlab.hypervisor.trace import Trace
 from xenlab.machine.machine import Machine
 from xenlab.toolstack import boot, image_from_source
@@ -157,7 +159,13 @@ class Crowd:
             raise XenlabError(f"{count + 2} domains: expected {count + 1} channels, found {bound}. {reports}")
 
     def schedule(self, scheduler: Scheduler, *, warp: int = 0) -> None:
-        """From now on a copy of ``scheduler`` decides; the one that waits gets the ``warp``, in instructions."""
+        """From now on a copy of ``scheduler`` decides; the one that waits gets the ``warp``, in instructions.
+
+        Raises:
+            ScheduleError: there is a warp, and the scheduler has none.
+        """
+        if warp and not _has_warp(scheduler):
+            raise ScheduleError(f"{type(scheduler).__name__} has no warp: expected Bvt, or a warp of 0, found {warp}")
         self.xen.submit(SetScheduler(scheduler))
         if warp:
             self.xen.submit(SetSchedule(self.idle.domid, {"warp": warp}))
@@ -176,6 +184,14 @@ class Crowd:
 
     def _word(self, domain: Domain, name: str) -> int:
         return self.xen.guest_memory.read_word(domain.vcpus[0], domain.symbols[name])
+
+
+def _has_warp(scheduler: Scheduler) -> bool:
+    tried = deepcopy(scheduler)
+    if not isinstance(tried, Tunable):
+        return False
+    tried.add(0)
+    return "warp" in tried.parameters(0)
 
 
 def _memory_mib(domains: int) -> int:

@@ -14,8 +14,11 @@ The invariant: the machines that are compared differ in the number of domains an
 running for a while.  What breaks without it: the cost of starting 128 guests counts as the cost of switching.
 
 The slice of the paper is set by the context-switch allowance of Borrowed Virtual Time: two equal domains change
-places when the one that runs is ahead by so much.  Among 128 of them a domain that computes waits for half a round,
-320 ms, on average.  The paper's 147 ms, with a deviation of 97, is what 64 give on one CPU; its machine had two.
+places when the one that runs is ahead by so much.  So among n domains a turn is n / (n - 1) allowances long: whoever
+is chosen first catches up with the next one, by what the others are apart.
+
+Among 128 of them a domain that computes waits for half a round, 320 ms, on average.  The paper's 147 ms, with a
+deviation of 97, is what 64 give on one CPU; its machine had two.
 """
 
 from __future__ import annotations
