@@ -303,7 +303,7 @@ class _Audit:
         # Only frames that were mapped once: reading the others would make them cost memory of the host.
         left = np.frombuffer(self.frames.left, np.int64)
         for mfn in free[left[free] >= 0].tolist():
-            if any(self.memory.frame(mfn)):
+            if not self.memory.is_zero(mfn):
                 self.complain(Invariant.FREE, f"frame {mfn:#x} is free and not all zeros")
 
     def _counts(self) -> None:

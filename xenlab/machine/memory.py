@@ -79,9 +79,13 @@ class Memory:
 
     def scrub(self, mfn: int) -> None:
         """Fill frame ``mfn`` with zeros, unless it is full of them."""
-        frame = self.frame(mfn)
-        if frame != _ZEROS:
-            frame[:] = _ZEROS
+        if not self.is_zero(mfn):
+            self.frame(mfn)[:] = _ZEROS
+
+    def is_zero(self, mfn: int) -> bool:
+        """Whether there is nothing but zeros in frame ``mfn``."""
+        # Bytes are compared at once, a memoryview element by element: a hundred times slower.
+        return self.frame(mfn).tobytes() == _ZEROS
 
     def array(self) -> NDArray[np.uint8]:
         """All of memory as a numpy array over the same bytes, shape ``(frames, 4096)``."""

@@ -64,7 +64,7 @@ class Benchmark:
 
 def catalogue() -> dict[str, Benchmark]:
     """All benchmarks by name, in the order in which they are shown."""
-    from xenlab.cli.benchmarks import guests, host, memory, past
+    from xenlab.cli.benchmarks import guests, host, many, memory, past
 
     benchmarks = (
         Benchmark("hypercall", Unit.FLOORS, 1.6, guests.hypercall),
@@ -72,6 +72,8 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("fault_bounce", Unit.FLOORS, 4.0, guests.fault_bounce),
         Benchmark("page_fault_bounce", Unit.FLOORS, 4.0, guests.page_fault_bounce),
         Benchmark("domain_switch", Unit.FLOORS, 4.0, guests.domain_switch),
+        Benchmark("domain_switch_128", Unit.FLOORS, 4.0, many.domain_switch_128),
+        Benchmark("event_upcall", Unit.FLOORS, 4.0, many.event_upcall),
         Benchmark("mmu_update_1", Unit.FLOORS, 8.0, memory.mmu_update_1),
         Benchmark("mmu_update_8", Unit.FLOORS, 8.0, memory.mmu_update_8),
         Benchmark("mmu_update_64", Unit.FLOORS, 2.0, memory.mmu_update_64),
@@ -82,6 +84,9 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("pin_table", Unit.FLOORS, 20.0, memory.pin_table, or_ns=60_000),
         Benchmark("build_space", Unit.PER_SECOND, 1_000_000, memory.build_space, most=15),
         Benchmark("domain_bytes", Unit.BYTES, 20_000, memory.domain_bytes, most=3),
+        Benchmark("domains_128_boot", Unit.SECONDS, 4.0, many.domains_128_boot, most=5),
+        Benchmark("domains_128_throughput", Unit.RATIO, 0.925, many.domains_128_throughput, most=9),
+        Benchmark("domains_128_throughput_50", Unit.RATIO, 0.97, many.domains_128_throughput_50, most=5),
         Benchmark("compute", Unit.RATIO, 0.95, guests.compute, most=15),
         Benchmark("cold_start", Unit.SECONDS, 0.5, host.cold_start, most=5),
         Benchmark("view_update", Unit.MILLISECONDS, 50.0, past.view_update),

@@ -22,8 +22,9 @@ The invariant: among vCPUs that stay runnable without warp, no clock is ahead of
 allowance.  What breaks without it: shares drift from the weights, and in the end somebody starves.
 
 Clocks are whole numbers, and what a division leaves is carried over to the next one.  So the clock of a vCPU says the
-same however its run was cut into turns.  Those that wait stand in two sorted lists, one by effective time, one by
-AVT; whoever runs stands in neither, since only its clock moves.
+same however its run was cut into turns.  Those that wait stand in sorted lists: without warp one is enough, since
+there the two times are the same, and the few that are warped stand in two of their own.  Whoever runs stands in none,
+since only its clock moves.  So a turn costs the same among two vCPUs and among hundreds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from xenlab.errors import ScheduleError
 from xenlab.hypervisor.schedulers.parameters import (
@@ -89,12 +90,6 @@ class _Clock:
         """Its effective virtual time."""
         return self.avt - self.warp * _INSTRUCTION if self.warped else self.avt
 
-    def advance(self, ran: int) -> None:
-        """It ran for so many instructions."""
-        gained, self.rest = divmod(ran * _UNIT + self.rest, self.weight)
-        self.avt += gained
-        self.warped_for += ran if self.warped else 0
-
     def put_forward(self, avt: int) -> None:
         """It has missed what was before ``avt``."""
         if avt > self.avt:
@@ -114,6 +109,10 @@ class _Clock:
             self.warped, self.unwarped_at = False, now
 
 
+# Who waits: a time, effective or actual, the vCPU, its clock.
+_Entry: TypeAlias = tuple[int, int, _Clock]
+
+
 class Bvt:
     """Borrowed Virtual Time.
 
@@ -129,11 +128,12 @@ class Bvt:
         for name, value in (("slice_instructions", slice_instructions), ("allowance", allowance)):
             if type(value) is not int or value < 1:
                 raise ScheduleError(f"Bvt, {name}: expected a whole number from 1 on, found {value!r:.80}")
-        self._slice, self._allowance = slice_instructions, allowance
+        self._slice, self._allowance = slice_instructions, allowance * _UNIT
         self._vcpus: dict[int, _Clock] = {}
-        self._by_evt: list[tuple[int, int]] = []
-        self._by_avt: list[tuple[int, int]] = []
-        self._running: int | None = None
+        self._unwarped: list[_Entry] = []
+        self._warped_by_evt: list[_Entry] = []
+        self._warped_by_avt: list[_Entry] = []
+        self._running: tuple[int, _Clock] | None = None
         self._since = self._turn_end = self._svt = 0
         self._news = False
 
@@ -164,7 +164,7 @@ class Bvt:
             raise ScheduleError(f"Bvt: expected a runnable vCPU to fall asleep, found {vcpu}, which sleeps")
         self._charge(now)
         self._update_svt()
-        if vcpu == self._running:
+        if self._runs(vcpu):
             self._running = None
         else:
             self._wait_no_more(vcpu, clock)
@@ -172,69 +172,101 @@ class Bvt:
         clock.stop_warp(now)
         self._news = True
 
+    def _runs(self, vcpu: int) -> bool:
+        return self._running is not None and self._running[0] == vcpu
+
     def pick(self, now: int) -> tuple[int, int] | None:
+        # Asked at each switch of the machine: it makes few calls of its own.
         self._charge(now)
-        yields = not self._news and now < self._turn_end
-        self._news = False
-        switches = bool(self._by_evt) and (yields or self._is_over())
-        if switches:
-            self._switch(now, yields)
-        if self._running is None:
+        yields, self._news = not self._news and now < self._turn_end, False
+        running, first, ahead, length = self._running, self._first(), 0, self._slice
+        if first is not None and running is not None:
+            ahead = self._ahead(running[1], first)
+        if first is not None and (yields or running is None or ahead >= self._allowance):
+            running = self._switch(first, now, yields)
+            first = self._first()
+            ahead = self._ahead(running[1], first) if first is not None else 0
+            if ahead > 0:
+                ahead = 0  # one that has just been chosen has all of the allowance before it
+        if running is None:
             return None
-        length = self._turn(self._vcpus[self._running], begins=switches)
-        self._turn_end = now + length
-        return self._running, length
-
-    def _is_over(self) -> bool:
-        return self._running is None or self._ahead(self._vcpus[self._running]) >= self._allowance * _UNIT
-
-    def _ahead(self, clock: _Clock) -> int:
-        """How far the running vCPU is ahead of the first that waits, in instructions of its own, times `_UNIT`."""
-        return (clock.evt - self._by_evt[0][0]) * clock.weight + clock.rest
-
-    def _switch(self, now: int, yields: bool) -> None:
-        chosen = self._by_evt[0][1]
-        if yields and self._running is not None:
-            self._vcpus[self._running].put_forward(self._by_avt[0][0])
-        self._wait_no_more(chosen, self._vcpus[chosen])
-        if self._running is not None:
-            self._wait(self._running, self._vcpus[self._running])
-        self._running, self._since = chosen, now
-
-    def _turn(self, clock: _Clock, *, begins: bool) -> int:
-        """Until it is ahead by the allowance.  One that has just been chosen has all of that before it."""
-        length = self._slice
-        if self._by_evt:
-            ahead = self._ahead(clock)
-            left = self._allowance * _UNIT - (min(ahead, 0) if begins else ahead)
-            length = min(length, -(-left // _UNIT))
+        if first is not None and (left := self._allowance - ahead) < length * _UNIT:
+            length = -(-left // _UNIT)
+        vcpu, clock = running
         if clock.warped and clock.warp_limit:
             length = min(length, clock.warp_limit - clock.warped_for)
-        return length
+        self._turn_end = now + length
+        return vcpu, length
+
+    def _first(self) -> _Entry | None:
+        """Who waits with the least effective time."""
+        if self._warped_by_evt:
+            return min(self._warped_by_evt[:1] + self._unwarped[:1])
+        return self._unwarped[0] if self._unwarped else None
+
+    def _ahead(self, clock: _Clock, first: _Entry) -> int:
+        """How far the running vCPU is ahead of the first that waits, in instructions of its own, times `_UNIT`."""
+        evt = clock.evt if clock.warped else clock.avt
+        return (evt - first[0]) * clock.weight + clock.rest
+
+    def _switch(self, first: _Entry, now: int, yields: bool) -> tuple[int, _Clock]:
+        """Let the first that waits run instead of who did."""
+        before, (_evt, vcpu, clock) = self._running, first
+        if before is not None and yields:
+            before[1].put_forward(self._least_waiting())
+        if clock.warped:
+            self._wait_no_more(vcpu, clock)
+        else:
+            del self._unwarped[0]
+        if before is not None:
+            self._wait(*before)
+        self._running, self._since = (vcpu, clock), now
+        return vcpu, clock
 
     def _charge(self, now: int) -> None:
         """Let the clock of the one that runs go on to ``now``."""
-        if self._running is not None:
-            clock = self._vcpus[self._running]
-            clock.advance(now - self._since)
-            self._since = now
+        if self._running is None:
+            return
+        clock, ran, self._since = self._running[1], now - self._since, now
+        gained, clock.rest = divmod(ran * _UNIT + clock.rest, clock.weight)
+        clock.avt += gained
+        if clock.warped:
+            clock.warped_for += ran
             if clock.is_at_limit():
                 clock.stop_warp(now)
 
     def _update_svt(self) -> None:
         """The least AVT of those that are runnable; what it last was if none is."""
-        runnable = [self._by_avt[0][0]] if self._by_avt else []
+        waiting = bool(self._unwarped or self._warped_by_avt)
         if self._running is not None:
-            runnable.append(self._vcpus[self._running].avt)
-        self._svt = min(runnable, default=self._svt)
+            avt = self._running[1].avt
+            self._svt = min(avt, self._least_waiting()) if waiting else avt
+        elif waiting:
+            self._svt = self._least_waiting()
+
+    def _least_waiting(self) -> int:
+        """The least AVT of those that wait; there are some."""
+        if self._warped_by_avt:
+            return min(self._warped_by_avt[:1] + self._unwarped[:1])[0]
+        return self._unwarped[0][0]
 
     def _wait(self, vcpu: int, clock: _Clock) -> None:
-        insort(self._by_evt, (clock.evt, vcpu))
-        insort(self._by_avt, (clock.avt, vcpu))
+        if clock.warped:
+            insort(self._warped_by_evt, (clock.evt, vcpu, clock))
+            insort(self._warped_by_avt, (clock.avt, vcpu, clock))
+            return
+        entry, queue = (clock.avt, vcpu, clock), self._unwarped
+        if queue and entry < queue[-1]:
+            insort(queue, entry)
+        else:
+            queue.append(entry)  # who has just had a turn is mostly the last
 
     def _wait_no_more(self, vcpu: int, clock: _Clock) -> None:
-        del self._by_evt[bisect_left(self._by_evt, (clock.evt, vcpu))]
-        del self._by_avt[bisect_left(self._by_avt, (clock.avt, vcpu))]
+        if clock.warped:
+            _take(self._warped_by_evt, (clock.evt, vcpu, clock))
+            _take(self._warped_by_avt, (clock.avt, vcpu, clock))
+        else:
+            _take(self._unwarped, (clock.avt, vcpu, clock))
 
     def parameters(self, vcpu: int) -> dict[str, int]:
         """What is set for ``vcpu``: weight, warp, warp_limit, unwarp.
@@ -254,7 +286,7 @@ class Bvt:
         clock: _Clock = known(self, self._vcpus, vcpu)
         check_values(self, vcpu, _RANGES, values)
         self._charge(now)
-        waits = clock.runnable and vcpu != self._running
+        waits = clock.runnable and not self._runs(vcpu)
         if waits:
             self._wait_no_more(vcpu, clock)
         self._set(clock, now, values)
@@ -275,15 +307,25 @@ class Bvt:
     def state(self) -> dict[str, Any]:
         return {
             "vcpus": {vcpu: asdict(clock) for vcpu, clock in self._vcpus.items()},
-            "running": self._running,
+            "running": self._running and self._running[0],
             "times": (self._since, self._turn_end, self._svt),
             "news": self._news,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._vcpus = {vcpu: _Clock(**values) for vcpu, values in state["vcpus"].items()}
-        self._running, self._news = state["running"], state["news"]
+        running, self._news = state["running"], state["news"]
+        self._running = None if running is None else (running, self._vcpus[running])
         self._since, self._turn_end, self._svt = state["times"]
-        waiting = [(vcpu, clock) for vcpu, clock in self._vcpus.items() if clock.runnable and vcpu != self._running]
-        self._by_evt = sorted((clock.evt, vcpu) for vcpu, clock in waiting)
-        self._by_avt = sorted((clock.avt, vcpu) for vcpu, clock in waiting)
+        for queue in (self._unwarped, self._warped_by_evt, self._warped_by_avt):
+            queue.clear()
+        for vcpu, clock in self._vcpus.items():
+            if clock.runnable and vcpu != running:
+                self._wait(vcpu, clock)
+
+
+def _take(queue: list[_Entry], entry: _Entry) -> None:
+    if queue[0][1] == entry[1]:
+        del queue[0]
+    else:
+        del queue[bisect_left(queue, entry)]
