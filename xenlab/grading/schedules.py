@@ -34,7 +34,7 @@ from xenlab.toolstack.schedule import SetSchedule
 # Our own solution is asked half as often in the longest scenario.
 MAX_PICKS = 15_000
 ANSWER_SECONDS = 1.0
-_VCPUS = 32  # numbers of vCPUs that belong to one domain
+VCPUS = 32  # numbers of vCPUs that belong to one domain
 _MOST_LENGTH = 1 << 40
 _HYPERVISOR_MIB = 4
 TOLD, WAKE, SLEEP, PICK = "told", "wake", "sleep", "pick"
@@ -78,7 +78,7 @@ class SchedulerSlot:
         self.runnable: set[int] = set()
 
     def add(self, vcpu: int) -> None:
-        row = self._domains[vcpu // _VCPUS]
+        row = self._domains[vcpu // VCPUS]
         self._tell(vcpu, 0, {"weight": row["weight"], "warp": row["warp"]})
 
     def remove(self, vcpu: int) -> None:
@@ -89,6 +89,12 @@ class SchedulerSlot:
 
     def set_parameters(self, vcpu: int, now: int, values: Mapping[str, int]) -> None:
         self._tell(vcpu, now, {**self._values[vcpu], **values})
+
+    def state(self) -> None:
+        """Nobody takes these runs back."""
+
+    def load(self, state: None) -> None:
+        """Nobody takes these runs back."""
 
     def _tell(self, vcpu: int, now: int, values: dict[str, int]) -> None:
         self._values[vcpu] = values
@@ -111,7 +117,9 @@ class SchedulerSlot:
     def pick(self, now: int) -> tuple[int, int] | None:
         self._picks += 1
         if self._picks > MAX_PICKS:
-            raise Unusable(f"the part was asked {MAX_PICKS:,} times by instruction {now:,}: its turns are far too short")
+            raise Unusable(
+                f"the part was asked {MAX_PICKS:,} times by instruction {now:,}: its turns are far too short"
+            )
         decision = self._sink.next(lambda: self._ask(now))
         chosen = choice_of(decision, now, self.runnable)
         vcpu, length = chosen or (None, 0)
@@ -165,14 +173,14 @@ def choice_of(decision: Any, now: int, runnable: set[int]) -> tuple[int, int] | 
         if decision.get("idle") is True and not runnable:
             return None
         if decision.get("idle") is True:
-            raise Unusable(
-                f"instruction {now}: pick left the CPU idle (None) while {_numbers(runnable)} could run"
-            )
+            raise Unusable(f"instruction {now}: pick left the CPU idle (None) while {_numbers(runnable)} could run")
     if not isinstance(decision, list) or [type(number) for number in decision] != [int, int]:
         raise Unusable(f"expected a decision as [vcpu, instructions], found {decision!r:.80}")
     vcpu, length = decision
     if vcpu not in runnable:
-        raise Unusable(f"instruction {now}: pick chose vCPU {vcpu}, which is not runnable; runnable: {_numbers(runnable)}")
+        raise Unusable(
+            f"instruction {now}: pick chose vCPU {vcpu}, which is not runnable; runnable: {_numbers(runnable)}"
+        )
     if not 1 <= length <= _MOST_LENGTH:
         raise Unusable(f"instruction {now}: pick gave vCPU {vcpu} a turn of {length} instructions; expected 1 or more")
     return vcpu, length
@@ -218,4 +226,17 @@ def _run(xen: Hypervisor, scenario: Scenario) -> None:
         xen.submit(Typed(waiting.pop(0), b"."))
 
 
-__all__ = ["MAX_PICKS", "PICK", "SLEEP", "TOLD", "WAKE", "Call", "Played", "Scenario", "SchedulerSlot", "choice_of", "play"]
+__all__ = [
+    "MAX_PICKS",
+    "PICK",
+    "SLEEP",
+    "TOLD",
+    "VCPUS",
+    "WAKE",
+    "Call",
+    "Played",
+    "Scenario",
+    "SchedulerSlot",
+    "choice_of",
+    "play",
+]

@@ -108,4 +108,3 @@ def _picked(
     since, woke = waiting.pop(call.vcpu)
     made.waits.append(Wait(call.vcpu, since, call.time, woke, served=True))
     return call.vcpu, call.time
-

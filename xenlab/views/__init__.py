@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xenlab.views.address_space import AddressSpaceView
@@ -18,17 +19,19 @@ from xenlab.views.picture import Picture
 from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
 from xenlab.views.rings import RingsView
+from xenlab.views.schedule import ScheduleView
+from xenlab.views.sliders import Slider, allowance_slider, parameter_slider
 from xenlab.views.tlb import TlbView, space_bars
 
 if TYPE_CHECKING:
     from xenlab.views.widget import LiveView
 
 
-def live(timeline: Movable, *views: Picture) -> LiveView:
-    """One widget with one control bar for all ``views``, which show ``timeline.hypervisor``."""
+def live(timeline: Movable, *views: Picture, sliders: Sequence[Slider] = ()) -> LiveView:
+    """One widget with one control bar, and perhaps sliders, for all ``views``, which show ``timeline.hypervisor``."""
     from xenlab.views.widget import LiveView  # ipywidgets take 0.3 s to load
 
-    return LiveView(timeline, *views)
+    return LiveView(timeline, *views, sliders=sliders)
 
 
 __all__ = [
@@ -47,9 +50,13 @@ __all__ = [
     "Picture",
     "RegistersView",
     "RingsView",
+    "ScheduleView",
+    "Slider",
     "TlbView",
+    "allowance_slider",
     "audit_report",
     "cost_bars",
     "live",
+    "parameter_slider",
     "space_bars",
 ]

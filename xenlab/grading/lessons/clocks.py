@@ -123,6 +123,7 @@ def _tell(clock: Clock, call: Call, rules: Rules, floor: Fraction) -> None:
 
 def told(astray: Astray) -> str:
     """In words, with the clocks in instructions of the least share."""
+
     def shown(vcpu: int) -> Any:
         return f"{float(astray.clocks[vcpu]):.6g}"
 
