@@ -6,15 +6,18 @@ after each wake-up works for so many instructions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xenlab import guests
 from xenlab.hypervisor.accounting import usage
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.inputs import Typed
+from xenlab.hypervisor.parts import load_part, save_part
 from xenlab.hypervisor.schedulers import Bvt, Diary, Scheduler
+from xenlab.hypervisor.schedulers.parameters import DEFAULT_WEIGHT, MOST_INSTRUCTIONS, MOST_WEIGHT, check_values
 from xenlab.hypervisor.trace import Trace
 from xenlab.machine.machine import Machine
 from xenlab.timeline import Timeline
@@ -28,6 +31,7 @@ SLICE, ALLOWANCE = 50_000, 2_000
 # How long a key's work takes, and how far the keys are apart: not a multiple of anybody's turn.
 KEY_WORK, KEYS_APART = 600, 9_137
 _HYPERVISOR_MIB = 4
+_TOLD = {"weight": (1, MOST_WEIGHT), "warp": (0, MOST_INSTRUCTIONS)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +127,8 @@ def worst_share(xen: Hypervisor) -> float:
 
 def weight(xen: Hypervisor, domain: Domain) -> int:
     """The weight of a domain; 1 if the scheduler knows none."""
-    found: dict[str, int] = xen.scheduler.parameters(domain.vcpus[0].key) if _has_parameters(xen) else {}
-    return found.get("weight", 1)
-
-
-def _has_parameters(xen: Hypervisor) -> bool:
-    return hasattr(xen.scheduler, "parameters")
+    assert isinstance(xen.scheduler, Diary)
+    return xen.scheduler.parameters(domain.vcpus[0].key).get("weight", 1)
 
 
 def waits(xen: Hypervisor, domid: int) -> list[int]:
@@ -193,6 +193,51 @@ class Hoarder(Bvt):
         clock = state["vcpus"][vcpu]
         clock["avt"] = self._slept_at.get(vcpu, clock["avt"])
         super().load(state)
+
+
+class Told:
+    """A scheduler of exercise 10, which is ``told`` weights and warps, in the hypervisor's slot.
+
+    Args:
+        scheduler: has ``told``, ``wake``, ``sleep`` and ``pick``, and perhaps ``clocks``.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._values: dict[int, dict[str, int]] = {}
+        self.wake, self.sleep, self.pick = scheduler.wake, scheduler.sleep, scheduler.pick
+
+    def add(self, vcpu: int) -> None:
+        """``vcpu`` exists."""
+        self._values[vcpu] = {"weight": DEFAULT_WEIGHT, "warp": 0}
+        self.scheduler.told(vcpu, 0, **self._values[vcpu])
+
+    def remove(self, vcpu: int) -> None:
+        """``vcpu`` exists no more."""
+        self._values.pop(vcpu, None)
+
+    def parameters(self, vcpu: int) -> dict[str, int]:
+        """What is set for ``vcpu``."""
+        return dict(self._values[vcpu])
+
+    def set_parameters(self, vcpu: int, now: int, values: Mapping[str, int]) -> None:
+        """Set weight and warp."""
+        check_values(self.scheduler, vcpu, _TOLD, values)
+        self._values[vcpu] |= values
+        self.scheduler.told(vcpu, now, **self._values[vcpu])
+
+    def clocks(self) -> dict[int, tuple[int, int]]:
+        """Those of the scheduler, if it shows them."""
+        found: dict[int, tuple[int, int]] = self.scheduler.clocks() if hasattr(self.scheduler, "clocks") else {}
+        return found
+
+    def state(self) -> Any:
+        return save_part(self.scheduler), {vcpu: dict(values) for vcpu, values in self._values.items()}
+
+    def load(self, state: Any) -> None:
+        saved, values = state
+        load_part(self.scheduler, saved)
+        self._values = {vcpu: dict(of_it) for vcpu, of_it in values.items()}
 
 
 def schemer(*, warp: int, warp_limit: int = 0, unwarp: int = 0, run: int = 1_000_000) -> Hypervisor:
