@@ -130,6 +130,16 @@ def test_fault_guests_bounce_one_a_round(source: str, vector: int) -> None:
     assert crossings == [(3, 1)] * 10
 
 
+@pytest.mark.parametrize("source", [guests.SYSCALL_DIRECT, guests.SYSCALL_BOUNCED])
+def test_system_calls_go_the_way_that_they_are_named_for(source: str) -> None:
+    xen = guests.hypervisor_with(source, traced=True)
+    assert xen.trace is not None
+    xen.trace.clear()
+    xen.run(10 * guests.SYSCALL_ROUND_INSTRUCTIONS)
+    kinds = [event.kind for event in xen.trace.events()]
+    assert kinds == ([Kind.GATE] * 10 if source is guests.SYSCALL_DIRECT else [Kind.TRAP, Kind.DELIVER] * 10)
+
+
 def test_yielding_guests_switch_once_a_round() -> None:
     xen = guests.hypervisor_with(guests.YIELD, guests.YIELD, traced=True)
     assert xen.trace is not None

@@ -8,11 +8,11 @@ import pytest
 from unicorn import x86_const as x86
 
 from xenlab.machine.assembler import assemble
-from xenlab.machine.cpu import power_on, set_paging
 from xenlab.machine.engine import Context, Engine
 from xenlab.machine.layout import Layout, probe
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import PRESENT, RW, TWO_LEVEL, USER
+from xenlab.machine.power import power_on, set_paging
 from xenlab.machine.segments import flat_code, flat_data
 
 CODE, STUB, STACK, ROOT, LEAVES, GDT = 0x4000, 0x6000, 0xA000, 0x10000, 0x11000, 0x2000

@@ -85,7 +85,7 @@ def row(vector: int, flags: int = 0, handler: str = "handler", cs: str = "FLAT_R
 
 @dataclass
 class Seen:
-    """A guest that has run, and its first exception that was delivered."""
+    """A guest that has run, and its first exception that was delivered, by the hypervisor or by a gate."""
 
     xen: Hypervisor
     domain: Domain
@@ -161,7 +161,8 @@ def play_source(text: str, mode: PagingMode = TWO_LEVEL, budget: int = 10_000) -
     domain = boot(xen, text, mode=mode)
     xen.run(budget)
     assert xen.trace is not None
-    return Seen(xen, domain, xen.trace.events(Kind.DELIVER))
+    delivered = [event for event in xen.trace.events() if event.kind in (Kind.DELIVER, Kind.GATE)]
+    return Seen(xen, domain, delivered)
 
 
 @pytest.fixture(params=[TWO_LEVEL, PAE], ids=lambda mode: mode.name)

@@ -48,7 +48,7 @@ class TestCheckedDescriptor:
             found = Descriptor.decode(checked_descriptor(value, END))
             assert (found.base, found.base + found.limit) == (base, END - 1)
 
-    @pytest.mark.parametrize("kind", range(1, 16))
+    @pytest.mark.parametrize("kind", [kind for kind in range(1, 16) if kind != 12])
     def test_system_descriptors_are_refused(self, kind: int) -> None:
         for dpl in range(4):
             value = Descriptor(0x1000, 0x67, 0x80 | dpl << 5 | kind, 0).encode()
@@ -70,7 +70,7 @@ class TestCheckedDescriptor:
         except HypercallError:
             return
         found = Descriptor.decode(checked)
-        assert not found.present or (found.dpl >= 1 and (found.is_segment or not found.access & 0xF))
+        assert not found.present or (found.dpl >= 1 and (found.is_segment or found.access & 0xF in (0, 12)))
         assert not found.present or not found.is_segment or found.base >= END or found.base + found.limit < END
         assert checked_descriptor(checked, END) == checked
 

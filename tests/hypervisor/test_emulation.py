@@ -13,8 +13,8 @@ from xenlab.abi.numbers import MmuextOp
 from xenlab.hypervisor import preemption
 from xenlab.hypervisor.emulate import GENERAL, PrivilegedInstructions, decode
 from xenlab.hypervisor.trace import Kind
-from xenlab.machine.cpu import PROTECTION
 from xenlab.machine.paging import TWO_LEVEL, PagingMode
+from xenlab.machine.vectors import PROTECTION
 
 CR0 = 0x8005_0033
 REGISTERS = {name: 0x100 + number for number, name in enumerate(GENERAL)} | {"eip": 0x1000, "eflags": 2}

@@ -671,7 +671,7 @@ def set_gdt(page: str) -> str:
 
 
 FORBIDDEN = {
-    "call gate to ring 0": 0x0000EC00E0180000,
+    "call gate into the hypervisor's descriptors": 0x0000EC00E0080000,
     "interrupt gate": 0x0000EE00E0190000,
     "task gate": 0x0000E50000080000,
     "task state": 0x0000E90000000067,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from time_guests import READER, SPIN, keeper, set_real, set_virtual
 
 from xenlab import Hypervisor, Machine, boot
-from xenlab.abi.numbers import Errno, Hypercall, Runstate, SchedOp, VcpuOp
+from xenlab.abi.numbers import Errno, Hypercall, Runstate, SchedOp, Shutdown, VcpuOp
 from xenlab.abi.structures import VcpuTimeInfo
 from xenlab.errors import HypercallError, PartError
 from xenlab.hypervisor import auditor
@@ -312,8 +312,13 @@ class TestVcpuOp:
         assert calls.op(14) == calls.op(0xFFFF_FFFF) == -Errno.ENOSYS
         assert calls.op(VcpuOp.GET_PHYSID) == -Errno.EINVAL
         assert calls.op(VcpuOp.UP) == 0
+        assert calls.op(VcpuOp.INITIALISE) == -Errno.EEXIST
         for command in (4, 5, 6, 8, 10, 13):
             assert calls.op(command, at=NOWHERE) == -Errno.EFAULT
+
+    def test_the_last_that_goes_down_ends_the_domain(self, calls: Calls) -> None:
+        assert calls.op(VcpuOp.DOWN) == 0
+        assert calls.domain.shutdown is Shutdown.POWEROFF
 
     def test_runstate(self, calls: Calls) -> None:
         assert calls.op(VcpuOp.GET_RUNSTATE_INFO) == 0

@@ -8,7 +8,7 @@ import pytest
 
 from xenlab.errors import AssemblyError
 from xenlab.labs.instruction_matrix import INSTRUCTIONS, execute, run_matrix
-from xenlab.machine.cpu import INVALID_OPCODE, PROTECTION
+from xenlab.machine.vectors import INVALID_OPCODE, PROTECTION
 from xenlab.views import InstructionMatrix, Outcome
 
 PRIVILEGED = {

@@ -175,6 +175,32 @@ def waits(peer: int) -> str:
     return _CHANNELS.format(peer=peer, then='call_xen __HYPERVISOR_sched_op, SCHEDOP_poll, "offset poll"')
 
 
+<<<<<<< HEAD
+=======
+# Has each kind of timer running, far ahead and near, when it polls with a time at which to give up.
+TIMERS = (
+    _MACROS
+    + """
+        call_xen __HYPERVISOR_event_channel_op, EVTCHNOP_bind_virq, "offset real"
+        call_xen __HYPERVISOR_event_channel_op, EVTCHNOP_bind_virq, "offset virtual"
+        call_xen __HYPERVISOR_vcpu_op, 6, 0, "offset period"    # VCPUOP_set_periodic_timer
+        test eax, eax
+        jnz wrong
+        call_xen __HYPERVISOR_set_timer_op, 0, 1000             # 1,000 * 2^32 ns
+        test eax, eax
+        jnz wrong
+again:  call_xen __HYPERVISOR_sched_op, SCHEDOP_poll, "offset poll"
+        jmp again
+        .align 4
+period: .quad 1000000
+real:   .long VIRQ_TIMER, 0, 0
+virtual: .long 23, 0, 0
+poll:   .long polled, 1, 0, 2000
+polled: .long 2
+"""
+    + _WRONG
+)
+>>>>>>> main
 # Told of the end of others, and asleep.
 CONTROL = (
     _MACROS

@@ -43,7 +43,7 @@ back_point:
         int 0x82
 back:   ret
 count: .long 0
-table:  .byte 0x80, 3
+table:  .byte 0x80, 7
         .short FLAT_RING1_CS
         .long handler
         .long 0, 0

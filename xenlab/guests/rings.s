@@ -9,6 +9,7 @@
         .set SYSCALL_VECTOR, 0x80
         .set KERNEL_ONLY, 0                  # trap_info flags: the ring that may use INT
         .set ANYONE, 3
+        .set MASKS, 4                        # mask events on entry: the CPU cannot, so it does not go there alone
         .set CR2_OFFSET, 8                   # in shared_info, vcpu_info[0].arch.cr2
 
 start:  mov ebx, offset trap_table
@@ -78,7 +79,7 @@ trap_table:                                  # vector, flags, selector, handler
         .byte PF_VECTOR, KERNEL_ONLY
         .word FLAT_RING1_CS
         .long page_fault
-        .byte SYSCALL_VECTOR, ANYONE
+        .byte SYSCALL_VECTOR, ANYONE + MASKS
         .word FLAT_RING1_CS
         .long system_call
         .long 0, 0

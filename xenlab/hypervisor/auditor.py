@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from xenlab.errors import HypercallError, InvariantError
 from xenlab.hypervisor.descriptor_tables import checked_descriptor, read_only_entry
 from xenlab.hypervisor.domain import Domain
-from xenlab.hypervisor.frames import EMPTY_FRAME, FREE, ORPHAN, OWNED, PINNED, FrameType
+from xenlab.hypervisor.frames import EMPTY_FRAME, FREE, ORPHAN, OWNED, PINNED, TSS_FRAME, FrameType
 from xenlab.hypervisor.layout import (
     GDT_BASE,
     GDT_PAGES,
     LDT_BASE,
     LDT_PAGES,
     RESERVED_GDT_BASE,
+    TSS_BASE,
     first_reserved_slot,
     segments_end,
 )
@@ -261,6 +262,7 @@ class _Audit:
         expected = np.zeros_like(entries)
         place = mode.levels[-1].index
         expected[place(GDT_BASE) : place(GDT_BASE) + GDT_PAGES] = read_only_entry(mode, EMPTY_FRAME)
+        expected[place(TSS_BASE)] = read_only_entry(mode, TSS_FRAME)
         expected[place(RESERVED_GDT_BASE)] = read_only_entry(mode, self.xen.shared_pages.descriptors(mode))
         shown = [(place(GDT_BASE) + page, mfn) for vcpu in domain.vcpus for page, mfn in enumerate(vcpu.gdt)]
         ldt = range(place(LDT_BASE), place(LDT_BASE) + LDT_PAGES)

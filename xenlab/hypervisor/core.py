@@ -33,11 +33,11 @@ from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
 from xenlab.hypervisor.events import EventChannels
 from xenlab.hypervisor.exceptions import Exceptions
-from xenlab.hypervisor.frames import FrameTable
+from xenlab.hypervisor.frames import TSS_FRAME, FrameTable
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.hypercalls import HypercallPart, HypercallTable, unknown
 from xenlab.hypervisor.inputs import Input, InputQueue
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, TSS_BASE
 from xenlab.hypervisor.memory_op import MemoryOps
 from xenlab.hypervisor.mmu import Mmu
 from xenlab.hypervisor.page_tables import PageTables
@@ -56,6 +56,7 @@ from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
 from xenlab.hypervisor.vcpu_op import VcpuOps
+from xenlab.machine.gates import Passage
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT
 
@@ -138,6 +139,7 @@ class Hypervisor:
         self.pick_needed = False
         self.cpu.handler = self.trap
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
+        self.cpu.set_tss(TSS_BASE, TSS_FRAME << PAGE_SHIFT)
 
     def _make_memory(self, page_types: PageTypes | None, flush_policy: FlushPolicy | None) -> None:
         """The mechanisms of paper 3.3.3 and 3.3.4, each in a file of its own."""
@@ -178,6 +180,10 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
+        self.cpu.gates.watcher = self._record_gate if trace is not None else None
+
+    def _record_gate(self, vector: int, passage: Passage) -> None:
+        self.record(Kind.GATE, self.current.domid if self.current else NO_DOMAIN, vector, *passage)
 
     @property
     def now(self) -> int:

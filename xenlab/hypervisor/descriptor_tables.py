@@ -9,10 +9,11 @@ flat segments that every guest may use.  An LDT is named by its linear address, 
 one when the CPU first looks for a descriptor in them.
 
 What is checked is what Xen checks: a descriptor that is not present may be anything.  One for ring 0 is moved
-to ring 1, where the guest's kernel runs.  A segment is cut off where the hypervisor begins.  System
-descriptors are refused: task state segments, tables, and gates of all kinds (Xen lets in call gates that lead to a
-guest's own ring; here the CPU has no task state segment yet, without which it cannot take one).  Besides,
-the accessed bit is set in each, so that the CPU never has to write to the table.
+to ring 1, where the guest's kernel runs.  A segment is cut off where the hypervisor begins.  A call
+gate may lead to code of the guest's own, by which an application calls its kernel without the hypervisor: the CPU
+takes it alone, on the stack that stands in the task state segment.  All other system descriptors are refused: task
+state segments, tables, gates for interrupts and tasks.  Besides, the accessed bit is set in each segment, so that the
+CPU never has to write to the table.
 
 The invariant: no descriptor that the CPU can load gives ring 0, or leads there.  What breaks without it: one far
 jump, and the guest is the hypervisor.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptors import checked_selector, gate_may_name
 from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.frames import EMPTY_FRAME
 from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, LDT_PAGES, segments_end, start_of
@@ -43,6 +45,8 @@ _PER_PAGE = PAGE_SIZE // DESCRIPTOR_SIZE
 MOST_GDT_ENTRIES = GUEST_GDT_PAGES * _PER_PAGE
 _MOST_LDT_ENTRIES = LDT_PAGES * _PER_PAGE
 _EXPAND_DOWN = 0x4
+_CALL_GATE = 0xC
+_GATE_RESERVED = 0xE0 << 32
 
 
 def checked_descriptor(value: int, start: int) -> int:
@@ -53,7 +57,8 @@ def checked_descriptor(value: int, start: int) -> int:
         start: the first address that no segment may reach.
 
     Raises:
-        HypercallError: EINVAL for a system descriptor, for 64-bit code, and for a segment that grows downwards.
+        HypercallError: EINVAL for a system descriptor that is not a call gate into the guest's own code, for 64-bit
+            code, and for a segment that grows downwards.
     """
     found = Descriptor.decode(value)
     if not found.present:
@@ -62,9 +67,19 @@ def checked_descriptor(value: int, start: int) -> int:
         value |= 1 << 45
     if found.is_segment:
         return _checked_segment(value | SEGMENT_ACCESSED << 40, start)
+    if found.access & 0xF == _CALL_GATE:
+        return _checked_gate(value)
     if found.access & 0xF:
         raise HypercallError(Errno.EINVAL)
     return value  # the second half of a longer descriptor, which does nothing here
+
+
+def _checked_gate(value: int) -> int:
+    """A gate ignores its selector's own level, so what counts is where the selector points."""
+    selector = checked_selector(value >> 16 & 0xFFFF)
+    if value & _GATE_RESERVED or not gate_may_name(selector):
+        raise HypercallError(Errno.EINVAL)
+    return value & ~(0xFFFF << 16) | selector << 16
 
 
 def _checked_segment(value: int, start: int) -> int:

@@ -7,14 +7,16 @@ guest returns from an exception into ring 0.
 
 from __future__ import annotations
 
+from xenlab.abi.numbers import FIRST_RESERVED_GDT_PAGE, FLAT_RING1_CS
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT
-from xenlab.machine.memory import Memory
+from xenlab.machine.memory import PAGE_SIZE, Memory
 from xenlab.machine.paging import READ, Translation, walk
-from xenlab.machine.segments import Descriptor
+from xenlab.machine.segments import DESCRIPTOR_SIZE, Descriptor
 from xenlab.machine.state import Segment
 
-_TABLE_INDICATOR = 4
+_TABLE_INDICATOR, _KERNEL_RING = 4, 1
+FIRST_RESERVED_GDT_ENTRY = FIRST_RESERVED_GDT_PAGE * PAGE_SIZE // DESCRIPTOR_SIZE
 
 
 def lookup(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
@@ -26,6 +28,17 @@ def lookup(memory: Memory, vcpu: Vcpu, selector: int) -> Descriptor | None:
         return None
     descriptor = Descriptor.decode(memory.qwords[found.machine >> 3])
     return descriptor if descriptor.present and descriptor.dpl else None
+
+
+def checked_selector(selector: int) -> int:
+    """A selector as Xen stores it for a guest: one that asks for ring 0 is moved to ring 1."""
+    return selector if selector & 3 else selector | _KERNEL_RING
+
+
+def gate_may_name(selector: int) -> bool:
+    """Whether a gate may lead to ``selector``, whose own level a gate ignores: not into the hypervisor's descriptors,
+    but for the one of the flat code segment of kernels."""
+    return bool(selector & _TABLE_INDICATOR or selector >> 3 < FIRST_RESERVED_GDT_ENTRY or selector == FLAT_RING1_CS)
 
 
 def code_segment(memory: Memory, vcpu: Vcpu, selector: int) -> Segment | None:

@@ -169,6 +169,7 @@ class Vcpu:
             "account": self.account.state(),
             "clocks": (self.record_due, self.attended, self.tick_period, self.last_tick),
             "areas": (self.runstate_area, self.time_area),
+            "gate": self.state.gate,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -185,6 +186,8 @@ class Vcpu:
         self.account = Account.of(saved["account"])
         self.record_due, self.attended, self.tick_period, self.last_tick = saved["clocks"]
         self.runstate_area, self.time_area = saved["areas"]
+        self.state.gate = saved["gate"]
+        self.state.inner_stack = self.kernel_esp, self.kernel_ss
 
 
 @dataclass(slots=True, eq=False)

@@ -41,11 +41,12 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptors import checked_selector
 from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import EVENT, Undeliverable, checked_selector
-from xenlab.machine.cpu import SOFTWARE
+from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.vectors import SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -59,7 +60,9 @@ _MOST_POLLED = 128
 _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
 _OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
-_UPCALL = int(Kind.UPCALL)
+# Enum members as plain names: looking one up on its class costs more than what is done with it.
+_UPCALL, _SEND = int(Kind.UPCALL), int(EvtchnOp.SEND)
+_VIRQ, _INTERDOMAIN, _IPI = EvtchnStatus.VIRQ, EvtchnStatus.INTERDOMAIN, EvtchnStatus.IPI
 # What an operation gives back: the last words of its argument, as they are written to the guest.
 _Answer = tuple[int, ...]
 
@@ -69,7 +72,7 @@ class EventChannels:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._guest, self._traps = xen, xen.guest_memory, xen.traps
-        self._bytes, self._words = xen.memory.bytes, xen.memory.words
+        self._bytes, self._words, self._cpu = xen.memory.bytes, xen.memory.words, xen.cpu
         xen.hypercalls.register(Hypercall.event_channel_op, self.event_channel_op)
         xen.hypercalls.register(Hypercall.set_callbacks, self.set_callbacks)
         xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
@@ -78,9 +81,10 @@ class EventChannels:
 
     def upcall(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` enter its callback if it has events pending and takes them; ended if it cannot be entered."""
-        if not self.due(vcpu) or vcpu.event_callback is None:
+        at = vcpu.info
+        if not self._bytes[at] or self._bytes[at + _UPCALL_MASK] or vcpu.event_callback is None:
             return
-        if vcpu.opened_at == self._xen.now:
+        if vcpu.opened_at == self._cpu.instructions:
             return  # the store that a page table was opened for comes first, and the next trap after it
         try:
             done = self._traps.deliver(vcpu, EVENT, SOFTWARE, 0)
@@ -121,14 +125,17 @@ class EventChannels:
 
     def set_pending(self, domain: Domain, port: int) -> None:
         """An event for ``domain`` at ``port``, which is in use."""
-        at, bit = self._place(domain, port)
-        if self._words[at] & bit:
+        # `_place`, spelled out: this is done for every event.
+        words, bit = self._words, 1 << (port & 31)
+        at = (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5)
+        pending = words[at]
+        if pending & bit:
             return
-        self._words[at] |= bit
-        if not self._words[at + _MASK_BEHIND] & bit:
+        words[at] = pending | bit
+        if not words[at + _MASK_BEHIND] & bit:
             self._select(domain, port)
         for vcpu in domain.vcpus:
-            if vcpu.polling in (ANY_PORT, port):
+            if vcpu.polling and vcpu.polling in (ANY_PORT, port):
                 self._wake(vcpu)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
@@ -138,9 +145,10 @@ class EventChannels:
     def _select(self, domain: Domain, port: int) -> None:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         at, bit = vcpu.info + _SELECTOR >> 2, 1 << (port >> 5)
-        if self._words[at] & bit:
+        selected = self._words[at]
+        if selected & bit:
             return
-        self._words[at] |= bit
+        self._words[at] = selected | bit
         if not self._bytes[vcpu.info] & 1:
             self._bytes[vcpu.info] |= 1
             self._wake(vcpu)
@@ -191,6 +199,9 @@ class EventChannels:
 
     def event_channel_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Do one command of event_channel.h, with its argument at ``address``."""
+        if command == _SEND:  # the shortest way, since it is taken most
+            self.send(vcpu.domain, self._guest.read_words(vcpu, address, 1)[0])
+            return 0
         if command not in _OPERATIONS:
             raise HypercallError(Errno.ENOSYS)
         count, operation = _OPERATIONS[command]
@@ -262,22 +273,18 @@ class EventChannels:
         at, bit = self._place(domain, port)
         self._words[at] &= ~bit
 
-    def _send(self, vcpu: Vcpu, words: _Answer) -> _Answer:
-        self.send(vcpu.domain, words[0])
-        return ()
-
     def send(self, domain: Domain, port: int) -> None:
         """An event from ``domain`` through its ``port``; nobody hears it while that is unbound.
 
         Raises:
             HypercallError: EINVAL for a port that cannot send.
         """
-        found = domain.ports.get(_checked(port))
-        if found is None or found.status == EvtchnStatus.VIRQ:
+        found = domain.ports.get(port)
+        if found is None or found.status is _VIRQ:
             raise HypercallError(Errno.EINVAL)
-        if found.status == EvtchnStatus.INTERDOMAIN:
+        if found.status is _INTERDOMAIN:
             self.set_pending(self._xen.domains[found.remote], found.remote_port)
-        elif found.status == EvtchnStatus.IPI:
+        elif found.status is _IPI:
             self.set_pending(domain, port)
 
     def _status(self, vcpu: Vcpu, words: _Answer) -> _Answer:
@@ -365,7 +372,6 @@ _OPERATIONS: dict[int, tuple[int, Callable[[EventChannels, Vcpu, _Answer], _Answ
     EvtchnOp.BIND_INTERDOMAIN: (3, EventChannels._bind_interdomain),
     EvtchnOp.BIND_VIRQ: (3, EventChannels._bind_virq),
     EvtchnOp.CLOSE: (1, EventChannels._close),
-    EvtchnOp.SEND: (1, EventChannels._send),
     EvtchnOp.STATUS: (6, EventChannels._status),
     EvtchnOp.ALLOC_UNBOUND: (2, EventChannels._alloc_unbound),
     EvtchnOp.BIND_IPI: (2, EventChannels._bind_ipi),

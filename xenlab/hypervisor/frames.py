@@ -41,6 +41,8 @@ ORPHAN = -4
 _RESERVED = 16
 # One of them, always zero, is what guests see where the hypervisor shows them an empty page.
 EMPTY_FRAME = 0
+# Another is the task state segment: the stack on which the running vCPU enters ring 1 through a call gate.
+TSS_FRAME = 1
 # In the machine-to-physical list: a frame that no guest has a number for.
 NO_PFN = 0xFFFF_FFFF
 

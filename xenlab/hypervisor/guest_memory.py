@@ -31,7 +31,7 @@ from xenlab.machine.paging import READ, WRITE, Access, PageFault, walk
 
 # Layouts of so many 32-bit words: what frames are made of.
 WORDS = [Struct(f"<{count}I") for count in range(9)]
-_pack_five, _pack_six = WORDS[5].pack_into, WORDS[6].pack_into
+_pack_three, _pack_five, _pack_six = WORDS[3].pack_into, WORDS[5].pack_into, WORDS[6].pack_into
 
 
 class GuestMemory:
@@ -89,8 +89,11 @@ class GuestMemory:
         at = self.machine_address(vcpu, address, 4 * count, True)
         if at < 0:
             self.write(vcpu, address, WORDS[count].pack(*words))
+        elif count == 3:
+            # Frames, spelled out: a call with unpacked arguments takes twice as long.
+            a, b, c = words
+            _pack_three(self._memory.bytes, at, a, b, c)
         elif count == 6:
-            # A frame from ring 3, spelled out: a call with unpacked arguments takes twice as long.
             a, b, c, d, e, f = words
             _pack_six(self._memory.bytes, at, a, b, c, d, e, f)
         elif count == 5:

@@ -15,6 +15,7 @@ What stands there, for guests to read or for the CPU to find::
     start_of                the machine-to-physical list
     GDT_BASE                the descriptor table: 14 pages of the guest's, two of the hypervisor's
     LDT_BASE                the local descriptor table: pages of the guest's, put there when the CPU asks for them
+    TSS_BASE                the task state segment: on which stack a call gate leads into ring 1
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ GDT_PAGES = 16
 GDT_LIMIT = GDT_PAGES * PAGE_SIZE - 1
 LDT_BASE = GDT_BASE + GDT_LIMIT + 1
 LDT_PAGES = 16
+TSS_BASE = LDT_BASE + LDT_PAGES * PAGE_SIZE
 RESERVED_GDT_BASE = GDT_BASE + FIRST_RESERVED_GDT_PAGE * PAGE_SIZE
 
 

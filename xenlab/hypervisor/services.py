@@ -19,10 +19,11 @@ from xenlab.abi.numbers import (
     XenVersion,
 )
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.descriptors import checked_selector
 from xenlab.hypervisor.domain import VECTORS, Vcpu
 from xenlab.hypervisor.layout import start_of
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable, checked_selector, gates_from_table
+from xenlab.hypervisor.traps import Undeliverable, gates_from_table, set_gate
 from xenlab.machine.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ class Services:
         """
         if not address:
             vcpu.traps = [None] * VECTORS
+            set_gate(vcpu)
             return 0
         for vector, gate in gates_from_table(self._trap_rows(vcpu, address)).items():
             vcpu.traps[vector] = gate
+        set_gate(vcpu)
         return 0
 
     def _trap_rows(self, vcpu: Vcpu, address: int) -> list[tuple[int, int, int, int]]:
@@ -78,6 +81,8 @@ class Services:
     def stack_switch(self, vcpu: Vcpu, ss: int, esp: int, *_: int) -> int:
         """Set the stack on which the kernel is entered from ring 3."""
         vcpu.kernel_ss, vcpu.kernel_esp = checked_selector(ss & 0xFFFF), esp
+        self._xen.cpu.set_inner_stack(vcpu.state, vcpu.kernel_ss, esp)
+        set_gate(vcpu)
         return 0
 
     def iret(self, vcpu: Vcpu, *_: int) -> int:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from xenlab.hypervisor.descriptor_tables import read_only_entry
-from xenlab.hypervisor.frames import EMPTY_FRAME, XEN, FrameTable
+from xenlab.hypervisor.frames import EMPTY_FRAME, TSS_FRAME, XEN, FrameTable
 from xenlab.hypervisor.layout import (
     GDT_BASE,
     GDT_LIMIT,
     RESERVED_GDT_BASE,
+    TSS_BASE,
     descriptor_slot,
     m2p_slot,
     reserved_gdt_page,
@@ -62,6 +63,8 @@ class SharedPages:
         for address in range(GDT_BASE, GDT_BASE + GDT_LIMIT, PAGE_SIZE):
             mfn = self.descriptors(mode) if address == RESERVED_GDT_BASE else EMPTY_FRAME
             mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(address), read_only_entry(mode, mfn))
+        tss = read_only_entry(mode, TSS_FRAME)
+        mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(TSS_BASE), tss)
 
     def slots(self, mode: PagingMode, own_table: int) -> dict[int, int]:
         """The hypervisor's entries of a top table, by index."""

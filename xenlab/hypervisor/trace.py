@@ -42,6 +42,7 @@ class Kind(IntEnum):
     MEMORY = 14  # how many pages a domain has, may have, should have: which of these, and the number
     UPCALL = 15  # from ring, to ring, callback's eip, frame address, frame words
     TIMER = 16  # vcpu, which of its timers went off
+    GATE = 17  # the same as DELIVER, of what the CPU did without the hypervisor
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -60,6 +61,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.TABLE_WRITE: ("table", "changes", "kept"),
     Kind.REFUSED: ("table", "index", "entry", "errno"),
     Kind.MEMORY: ("what", "pages"),
+    Kind.GATE: ("vector", "from_ring", "to_ring", "handler", "frame", "words"),
     Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
     Kind.TIMER: ("vcpu", "timer"),
 }

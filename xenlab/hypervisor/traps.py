@@ -9,6 +9,9 @@ A frame, from the top of the handler's stack down; the first two only if the rin
 
       SS        ESP       EFLAGS      saved event mask << 16 | CS      EIP      [error code]
 
+System calls do not come here, if the guest registered a handler that the CPU can enter by itself (`set_gate`,
+`machine.gates`): that frame is the CPU's own, without the event mask in it.
+
 The one difference is the page fault: only ring 0 can read CR2, so the address is left in the
 domain's shared-information page.
 
@@ -20,17 +23,19 @@ handler in ring 0, or has the hypervisor push a frame over memory that is not it
 from __future__ import annotations
 
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.descriptors import code_segment, stack_segment, usable_in
+from xenlab.hypervisor.descriptors import checked_selector, code_segment, gate_may_name, stack_segment, usable_in
 from xenlab.hypervisor.domain import VECTORS, Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
-from xenlab.machine.cpu import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE
 from xenlab.machine.engine import SEGMENTS
+from xenlab.machine.gates import TrapGate
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import USER_WRITE
 from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
-from xenlab.machine.vectors import vector_name
+from xenlab.machine.vectors import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE, vector_name
 
 KERNEL_RING, USER_RING = 1, 3
+# The one software interrupt whose gate the CPU takes itself.
+SYSTEM_CALL = 0x80
 # In place of a vector: the event callback, which is entered as a handler is.
 EVENT = VECTORS
 _SAVED_MASK_SHIFT = 16
@@ -94,7 +99,7 @@ class TrapDelivery:
         elif to_ring > ring:
             raise Undeliverable(f"the handler's ring {to_ring} is less privileged than ring {ring}")
         else:
-            words, base = (eip, cs, saved_flags), state.segment("ss").base
+            words, base = (eip, cs, saved_flags), 0 if ss in vcpu.flat_data else state.segment("ss").base
             if ring == USER_RING:
                 size = 16 if error != SOFTWARE and vector in WITH_ERROR_CODE else 12
                 self._check_user_stack(vcpu, base + esp - size & 0xFFFF_FFFF, size)
@@ -179,9 +184,19 @@ def _named(vector: int) -> str:
     return "an event" if vector == EVENT else f"exception {vector} ({vector_name(vector)})"
 
 
-def checked_selector(selector: int) -> int:
-    """A selector as Xen stores it for a guest: one that asks for ring 0 is moved to ring 1."""
-    return selector if selector & 3 else selector | KERNEL_RING
+def set_gate(vcpu: Vcpu) -> None:
+    """Let the CPU itself take system calls to the handler that the guest registered, if a real gate may name it.
+
+    Not one that masks events on entry: the CPU cannot do that.
+    """
+    gate = vcpu.traps[SYSTEM_CALL]
+    if gate is None or gate.masks_events or not gate_may_name(gate.cs):
+        vcpu.state.gate = None
+        return
+    code, stack = vcpu.flat_code.get(gate.cs), vcpu.flat_data.get(vcpu.kernel_ss)
+    vcpu.state.gate = TrapGate(
+        SYSTEM_CALL, gate.cs, gate.eip, gate.dpl, vcpu.kernel_ss, vcpu.kernel_esp, code=code, stack=stack
+    )
 
 
 def gates_from_table(entries: list[tuple[int, int, int, int]]) -> dict[int, Gate]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from xenlab.abi.numbers import VCPU_SSHOTTMR_FUTURE, Errno, Hypercall, VcpuOp
+from xenlab.abi.numbers import VCPU_SSHOTTMR_FUTURE, Errno, Hypercall, Shutdown, VcpuOp
 from xenlab.errors import HypercallError
 from xenlab.hypervisor.accounting import runstate
 from xenlab.hypervisor.alarms import REAL
@@ -81,6 +81,9 @@ class VcpuOps:
 
     def _up(self, _vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
         """It is up already."""
+
+    def _down(self, vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
+        self._xen.shut_down(vcpu.domain, Shutdown.POWEROFF)  # the last one goes
 
     def _is_up(self, _vcpu: Vcpu, target: Vcpu, _address: int) -> int:
         return 1
@@ -154,6 +157,7 @@ def _check_own(vcpu: Vcpu, target: Vcpu) -> None:
 _COMMANDS: dict[int, Callable[[VcpuOps, Vcpu, Vcpu, int], int | None]] = {
     VcpuOp.INITIALISE: VcpuOps._initialise,
     VcpuOp.UP: VcpuOps._up,
+    VcpuOp.DOWN: VcpuOps._down,
     VcpuOp.IS_UP: VcpuOps._is_up,
     VcpuOp.GET_RUNSTATE_INFO: VcpuOps._get_runstate,
     VcpuOp.REGISTER_RUNSTATE_MEMORY_AREA: VcpuOps._register_runstate,

@@ -15,9 +15,10 @@ from xenlab.errors import HypercallError, XenlabError
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import Event, Kind, Trace
-from xenlab.machine.cpu import WITH_ERROR_CODE
+from xenlab.hypervisor.traps import SYSTEM_CALL
 from xenlab.machine.disassembler import disassemble
 from xenlab.machine.machine import Machine
+from xenlab.machine.vectors import WITH_ERROR_CODE
 from xenlab.timeline import Timeline
 from xenlab.toolstack import boot
 from xenlab.toolstack.image import SOURCE_SHARED_INFO
@@ -25,11 +26,12 @@ from xenlab.views.picture import table
 from xenlab.views.story import short_vector, symbol
 
 RETURN = "jmp hypercall_page + 32 * __HYPERVISOR_iret"
-HANDLED = (0, 3, 6, 13, 14, 0x80)
+HANDLED = (0, 3, 6, 13, 14, SYSTEM_CALL)
 KERNEL_STACK = "offset kernel_stack"
 _MACHINE_MIB, _ENOUGH = 8, 1_000
 _LONGEST_INSTRUCTION = 15
 _INT, _CR2_OFFSET = 0xCD, 8
+_MASKS_EVENTS = 4
 
 _KERNEL = """
 start:  mov ebx, offset trap_table
@@ -241,7 +243,9 @@ def _begin(code: str) -> str:
 
 
 def _rows(vectors: Sequence[int], int_ring: int, selector: str) -> str:
-    return "\n".join(f" .byte {vector}, {int_ring}\n .word {selector}\n .long handler" for vector in vectors)
+    # System calls mask events, so that they go through the hypervisor as well (lesson 07 has the short way).
+    flags = {vector: int_ring | _MASKS_EVENTS if vector == SYSTEM_CALL else int_ring for vector in vectors}
+    return "\n".join(f" .byte {vector}, {flags[vector]}\n .word {selector}\n .long handler" for vector in vectors)
 
 
 def _outcome(code: str, ring: int, xen: Hypervisor, domain: Domain) -> Outcome:

@@ -32,6 +32,7 @@ from statistics import fmean, median, pstdev
 
 from xenlab.abi.numbers import Hypercall
 from xenlab.errors import XenlabError
+from xenlab.hypervisor.clocks import CPU_HZ
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.schedulers import Bvt, Scheduler
 from xenlab.hypervisor.tlb import SWITCH
@@ -39,8 +40,7 @@ from xenlab.hypervisor.trace import Kind
 from xenlab.labs.crowd import UNIT_INSTRUCTIONS, Crowd
 from xenlab.views.picture import table
 
-# The simulated CPU has 100 MHz and takes one cycle for each instruction.
-INSTRUCTIONS_PER_MS = 100_000
+INSTRUCTIONS_PER_MS = CPU_HZ // 1000
 # CPU time leaves out what other programs on this host take.  On Windows it moves in steps of 15 ms.
 _seconds = time.perf_counter if sys.platform == "win32" else time.thread_time
 

@@ -25,43 +25,38 @@ from typing import Any, Protocol
 
 from unicorn import x86_const as x86
 
-from xenlab.errors import MachineError
-from xenlab.machine.cpuid import cpuid
 from xenlab.machine.engine import Context, Engine
+from xenlab.machine.gates import Gates
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.layout import CC_OP_EFLAGS, Layout
 from xenlab.machine.memory import Memory
-from xenlab.machine.paging import PAE, PagingMode
-from xenlab.machine.state import CC_OP, CR2, ContextState, CpuState
+from xenlab.machine.paging import PagingMode
+from xenlab.machine.power import CR0, CR0_PG, install_instruction_hooks, power_on, set_paging
+from xenlab.machine.state import CC_OP, CR2, ContextState
+from xenlab.machine.vectors import INVALID_OPCODE, MACHINE_CHECK, PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 
 TrapHandler = Callable[[int, int, int], None]
 StepHandler = Callable[[bool], None]
 
-DIVIDE, DEBUG, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 3, 4, 6, 7, 8
-INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT, MACHINE_CHECK = 10, 11, 12, 13, 14, 17, 18
-# In place of an error code: the vector was named by an INT instruction, so no fault happened and there is none.
-SOFTWARE = -1
-WITH_ERROR_CODE = frozenset((DOUBLE_FAULT, INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT))
+# A task state segment that is not "busy": with any other type the emulator would end the process at a call gate.
+TSS_ATTRIBUTES, TSS_LIMIT = 0x8900, 0x67
+ESP1 = 12  # where the stack for ring 1 stands in it; SS behind it
 
 # About 10 ms of guest code, so that Ctrl-C is noticed; the public limit is 20 ms.
 SLICE = 400_000
-
-CR0 = 0x8005_0033  # PG, AM, WP, NE, ET, MP, PE
-_CR0_PG = 0x8000_0000
-CR4_TSD, CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT = 0x4, 0x20, 0x200, 0x400
-_EFER, _EFER_NXE = 0xC000_0080, 0x800
-_FPCW, _MXCSR = 0x37F, 0x1F80  # as after FNINIT, and at reset
 
 
 class Cpu(Protocol):
     """What the hypervisor and the timeline use of a CPU.
 
-    ``flushes`` counts how often the TLB was emptied, or is about to be.
+    ``flushes`` counts how often the TLB was emptied, or is about to be; ``gates`` takes the software interrupts that
+    do not come to the handler.
     """
 
     handler: TrapHandler
     state: Any
     flushes: int
+    gates: Gates
 
     @property
     def instructions(self) -> int:
@@ -77,6 +72,14 @@ class Cpu(Protocol):
 
     def set_gdt(self, base: int, limit: int) -> None:
         """Point GDTR of all states made from now on at linear address ``base``."""
+        ...
+
+    def set_tss(self, base: int, machine: int) -> None:
+        """Point TR of all states made from now on at a task state segment at linear ``base``, machine ``machine``."""
+        ...
+
+    def set_inner_stack(self, state: Any, selector: int, pointer: int) -> None:
+        """Let ``state`` enter ring 1 on this stack when it goes there through a call gate."""
         ...
 
     def load(self, state: Any) -> None:
@@ -151,6 +154,8 @@ class ProbedCpu:
         self._step: StepHandler | None = None
         self._flush = True
         self.flushes = 0
+        self.gates = Gates(memory, self.forget_code)
+        self._inner: memoryview | list[int] = [0, 0]  # nowhere, until there is a task state segment
         power_on(self._engine)
         # What every vCPU starts from; the engine itself holds whatever guest ran last.
         self._reset = Context(self._engine)
@@ -168,6 +173,17 @@ class ProbedCpu:
         self._reset.resume()
         self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
         self._reset.capture()
+
+    def set_tss(self, base: int, machine: int) -> None:
+        self._reset.resume()
+        self._engine.uc.reg_write(x86.UC_X86_REG_TR, (0, base, TSS_LIMIT, TSS_ATTRIBUTES))
+        self._reset.capture()
+        self._inner = self.memory.words[machine + ESP1 >> 2 : machine + ESP1 + 8 >> 2]
+
+    def set_inner_stack(self, state: ContextState, selector: int, pointer: int) -> None:
+        state.inner_stack = pointer, selector
+        if state is getattr(self, "state", None):
+            self._inner[0], self._inner[1] = pointer, selector
 
     @property
     def instructions(self) -> int:
@@ -187,6 +203,7 @@ class ProbedCpu:
 
     def load(self, state: ContextState) -> None:
         self.state = state
+        self._inner[0], self._inner[1] = state.inner_stack
         self.flush_tlb()
 
     def flush_tlb(self) -> None:
@@ -196,7 +213,7 @@ class ProbedCpu:
     def forget_code(self, begin: int, end: int) -> None:
         # The library translates the addresses by the current tables; without paging they are machine
         # addresses, and no page fault is left in flight.
-        self._engine.write("cr0", CR0 & ~_CR0_PG)
+        self._engine.write("cr0", CR0 & ~CR0_PG)
         self._engine.uc.ctl_remove_cache(begin, end)
         self._engine.write("cr0", CR0)
 
@@ -294,7 +311,9 @@ class ProbedCpu:
                     self.deadline = self._deadline
                     self._end_step(True)
                 if vector >= 32:
-                    self.handler(vector, 0, 0)
+                    gate = state.gate
+                    if gate is None or vector != gate.vector or not self.gates.enter(state, gate, self.flushes):
+                        self.handler(vector, 0, 0)
                 elif self._leaving is None:  # else: the single step behind an instruction that will not have happened
                     state.old_exception[0] = -1
                     error, software, behind = state.exception()
@@ -329,55 +348,3 @@ class ProbedCpu:
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
         self.stop()
-
-
-def power_on(engine: Engine) -> None:
-    """Put the engine's CPU into the state that all vCPUs start from."""
-    engine.uc.msr_write(_EFER, _EFER_NXE)
-    # The library leaves both zero, with a rounding precision that does not match.
-    engine.uc.reg_write(x86.UC_X86_REG_FPCW, _FPCW)
-    engine.uc.reg_write(x86.UC_X86_REG_FPTAG, 0xFFFF)
-    engine.uc.reg_write(x86.UC_X86_REG_MXCSR, _MXCSR)
-    engine.write("cr0", CR0)
-
-
-def set_paging(engine: Engine, mode: PagingMode) -> None:
-    """Choose the page-table format; time-stamp reads trap outside ring 0."""
-    pae = CR4_PAE if mode is PAE else 0
-    engine.write("cr4", CR4_TSD | CR4_OSFXSR | CR4_OSXMMEXCPT | pae)
-
-
-def install_instruction_hooks(engine: Engine, leave: Callable[[int], None]) -> None:
-    """CPUID answers from our table; IN, OUT, SYSCALL and SYSENTER leave the engine as faults.
-
-    ``leave(vector)`` is called with the machine as it was before the instruction.
-    """
-
-    def on_cpuid(uc: Any, _data: Any) -> int:
-        answers = cpuid(uc.reg_read(x86.UC_X86_REG_EAX), uc.reg_read(x86.UC_X86_REG_ECX))
-        for register, value in zip(("eax", "ebx", "ecx", "edx"), answers, strict=True):
-            engine.write(register, value)
-        return 1
-
-    def on_in(uc: Any, _port: int, _size: int, _data: Any) -> int:
-        leave(PROTECTION)
-        value: int = uc.reg_read(x86.UC_X86_REG_EAX)
-        return value
-
-    def on_out(_uc: Any, _port: int, _size: int, _value: int, _data: Any) -> None:
-        leave(PROTECTION)
-
-    def on_syscall(_uc: Any, _data: Any) -> None:
-        leave(INVALID_OPCODE)
-
-    def on_sysenter(_uc: Any, _data: Any) -> None:
-        leave(PROTECTION)
-
-    engine.on_instruction(x86.UC_X86_INS_CPUID, on_cpuid)
-    engine.on_instruction(x86.UC_X86_INS_IN, on_in)
-    engine.on_instruction(x86.UC_X86_INS_OUT, on_out)
-    engine.on_instruction(x86.UC_X86_INS_SYSCALL, on_syscall)
-    engine.on_instruction(x86.UC_X86_INS_SYSENTER, on_sysenter)
-
-
-__all__ = ["Cpu", "CpuState", "MachineError", "ProbedCpu", "TrapHandler"]

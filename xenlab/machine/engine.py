@@ -49,14 +49,13 @@ def _function(name: str, *arguments: Any) -> Callable[..., int]:
 
 
 # Bound without converters and without giving up the GIL: a call costs half as much, and
-# these two are made on every trap.
+# these are made on every trap or every switch.
 _direct = ctypes.PyDLL(uclib._name)
 _direct_save, _direct_restore = _direct["uc_context_save"], _direct["uc_context_restore"]
-_direct_reg_read = _direct["uc_context_reg_read"]
+_direct_reg_read, _direct_reg_write = _direct["uc_context_reg_read"], _direct["uc_reg_write"]
 
 context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
 context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
-_reg_write = _function("uc_reg_write", _ptr, ctypes.c_int, _ptr)
 # A run keeps the GIL: taking it back on every trap costs a tenth of the trap, and far more
 # when another thread wants it.  Runs are slices of some milliseconds.
 _emu_start = _direct["uc_emu_start"]
@@ -67,7 +66,6 @@ _hook_add = _function(
     "uc_hook_add", _ptr, ctypes.POINTER(ctypes.c_size_t), ctypes.c_int, _ptr, _ptr, ctypes.c_uint64, ctypes.c_uint64
 )
 _hook_del = _function("uc_hook_del", _ptr, ctypes.c_size_t)
-_CR3 = REGISTER_IDS["cr3"]
 
 
 class Engine:
@@ -99,7 +97,8 @@ class Engine:
         self.uc.ctl_set_exits([])
         self._callbacks: list[Any] = []
         self._cr3 = ctypes.c_uint64()
-        self._cr3_address = ctypes.addressof(self._cr3)
+        number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(self._cr3))
+        self._load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
 
     def start(self, eip: int, count: int) -> int:
         """Run from ``eip`` for at most ``count`` instructions; the status that Unicorn returns."""
@@ -153,7 +152,7 @@ class Engine:
     def write_cr3(self, value: int) -> None:
         """Set CR3, which empties the TLB."""
         self._cr3.value = value
-        _reg_write(self.handle, _CR3, self._cr3_address)
+        self._load_cr3()
 
     def read(self, register: str) -> int:
         """Read a register by name through the public API."""

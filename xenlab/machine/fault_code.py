@@ -28,7 +28,7 @@ from xenlab.machine.engine import SEGMENTS, Engine
 from xenlab.machine.memory import PAGE_MASK, PAGE_SIZE, Memory
 from xenlab.machine.paging import READ, Access, PageFault, PagingMode, walk
 from xenlab.machine.segments import Descriptor
-from xenlab.machine.state import VM, Segment
+from xenlab.machine.state import NT, VM, Segment
 
 _PERMISSION = {
     unicorn.UC_MEM_READ: unicorn.UC_PROT_READ,
@@ -37,6 +37,7 @@ _PERMISSION = {
 }
 LONGEST_INSTRUCTION = 15
 _FAR_RETURNS = ("retf", "iret", "iretd")
+_CALL_GATE = 0x8C  # present, and of the 32-bit kind
 _MEMORY_OPERAND = 3  # capstone.x86.X86_OP_MEM
 
 
@@ -142,17 +143,39 @@ class SelectorCodes:
     def far_pointer(self, state: Any, instruction: Any) -> int:
         """``lds`` and its like, ``ljmp``, ``lcall``: at the end of the instruction or in memory."""
         if instruction.opcode[0] in (0x9A, 0xEA):
-            return int.from_bytes(instruction.bytes[-2:], "little")
-        size = _operand_size(instruction)
-        return self._word(state, self._address(state, instruction, instruction.operands[-1]) + size)
+            selector = int.from_bytes(instruction.bytes[-2:], "little")
+        else:
+            size = _operand_size(instruction)
+            selector = self._word(state, self._address(state, instruction, instruction.operands[-1]) + size)
+        return self._behind_gate(state, selector) if instruction.mnemonic in ("ljmp", "lcall") else selector
+
+    def _behind_gate(self, state: Any, selector: int) -> int:
+        """Which selector is at fault in a far call to ``selector``: if it is a call gate in order, not its own."""
+        gate = self._descriptor(state, selector)
+        found = Descriptor.decode(gate)
+        if found.access & 0x9F != _CALL_GATE or found.dpl < max(state.cpl, selector & 3):
+            return selector
+        target = gate >> 16 & 0xFFFF
+        code = Descriptor.decode(self._descriptor(state, target))
+        reachable = code.is_code and code.present and code.dpl <= state.cpl
+        # What is left is the stack for that ring.  There is one for ring 1 only.
+        return target if not reachable else state.inner_stack[1] if code.dpl == 1 else 0
+
+    def _descriptor(self, state: Any, selector: int) -> int:
+        base, limit = state.ldt if selector & 4 else state.gdt
+        if selector < 4 or selector | 7 > limit:
+            return 0
+        return int.from_bytes(read_linear(self._memory, state, base + (selector & ~7), 8), "little")
 
     def returned(self, state: Any, instruction: Any) -> int:
         """``retf`` and ``iret``: the code selector, unless that one is right; then the stack's."""
+        is_iret = instruction.mnemonic.startswith("iret")
+        if is_iret and state.eflags & NT:
+            return 0  # to the task before this one, and the task state segment names none
         size = _operand_size(instruction)
         code = self._stack(state, size)
         if not self._is_return_target(state, code):
             return code
-        is_iret = instruction.mnemonic.startswith("iret")
         skipped = 0 if is_iret or not instruction.operands else instruction.operands[0].imm
         return self._stack(state, size * (4 if is_iret else 3) + skipped)
 

@@ -28,9 +28,10 @@ from xenlab.machine.memory import Memory
 EIP, EFLAGS, CC_SRC, CC_OP, DF, HFLAGS = 128, 136, 152, 168, 172, 176
 SEGMENT_CACHES, SEGMENT_STRIDE, CONTROL = 184, 24, 424
 CC_OP_EFLAGS = 1
-HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 0x3, 0x10, 0x20, 0x40, 0x80
+HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE, HF_TS = 0x3, 0x10, 0x20, 0x40, 0x80, 0x800
 _ENGINE_BYTES_SEARCHED = 3072
 _PATTERN = 0x5EED_A000
+_PROTECTED, _TASK_SWITCHED = 0x11, 0x19  # CR0: ET and PE, and TS too
 
 
 class ProbeError(MachineError):
@@ -84,11 +85,13 @@ def _probe_general(engine: Engine) -> int:
 def _check_head(engine: Engine, general: int) -> None:
     engine.write("eip", _PATTERN)
     engine.write("cr2", _PATTERN + 2)
+    engine.write("cr0", _TASK_SWITCHED)
     engine.uc.reg_write(UC_X86_REG_GDTR, (0, _PATTERN + 4, 0xFFFF, 0))
     engine.write("eflags", 0x0ED7 & ~0x300)
     raw = Context(engine).raw
     expected = {
         "EIP": (EIP, _PATTERN),
+        "CR0": (CONTROL, _TASK_SWITCHED),
         "CR2": (CONTROL + 16, _PATTERN + 2),
         "GDT base behind six segment caches": (SEGMENT_CACHES + 8 * SEGMENT_STRIDE + 8, _PATTERN + 4),
         "condition codes": (CC_SRC, 0x8D5),
@@ -100,8 +103,9 @@ def _check_head(engine: Engine, general: int) -> None:
         if int.from_bytes(raw[at : at + 4], "little") != value:
             raise ProbeError(f"{name}: not at byte {at} of the context")
     hflags = int.from_bytes(raw[general + HFLAGS : general + HFLAGS + 4], "little")
-    if hflags & (HF_CPL | HF_CS32 | HF_SS32 | HF_PE) != HF_CS32 | HF_SS32 | HF_PE:
-        raise ProbeError(f"hidden flags: found {hflags:#x} for 32-bit ring 0")
+    if hflags & (HF_CPL | HF_CS32 | HF_SS32 | HF_PE | HF_TS) != HF_CS32 | HF_SS32 | HF_PE | HF_TS:
+        raise ProbeError(f"hidden flags: found {hflags:#x} for 32-bit ring 0 with CR0.TS")
+    engine.write("cr0", _PROTECTED)
     engine.write("eflags", 2)
     engine.uc.reg_write(UC_X86_REG_GDTR, (0, 0, 0, 0))
 

@@ -44,29 +44,19 @@ from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import UcError
 
 from xenlab.errors import MachineError
-from xenlab.machine.cpu import (
-    CR0,
-    INVALID_OPCODE,
-    MACHINE_CHECK,
-    PAGE_FAULT,
-    SLICE,
-    SOFTWARE,
-    WITH_ERROR_CODE,
-    StepHandler,
-    TrapHandler,
-    install_instruction_hooks,
-    power_on,
-    set_paging,
-)
+from xenlab.machine.cpu import ESP1, SLICE, TSS_ATTRIBUTES, TSS_LIMIT, StepHandler, TrapHandler
 from xenlab.machine.engine import FLOATING_POINT, GENERAL, REGISTER_IDS, SEGMENTS, Context, Engine
 from xenlab.machine.fault_code import LONGEST_INSTRUCTION, PageFaultCodes, SelectorCodes, read_linear
+from xenlab.machine.gates import Gates
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import READ, PageFault, PagingMode, walk
 from xenlab.machine.portable_state import FLOATING_ORDER, PortableState
+from xenlab.machine.power import CR0, install_instruction_hooks, power_on, set_paging
 from xenlab.machine.register_batch import RegisterBatch
 from xenlab.machine.segments import Descriptor, flat_data
-from xenlab.machine.state import VM, Segment
+from xenlab.machine.state import CR0_TS, VM, Segment
+from xenlab.machine.vectors import INVALID_OPCODE, MACHINE_CHECK, PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 
 # Above 2 GiB, the most that machine memory can have, and below every guest's segment limit.
 _SCRATCH, _SCRATCH_BYTES = 0xF000_0000, 0x3_0000
@@ -99,7 +89,9 @@ class PortableCpu:
         self.memory = memory
         self.instructions = self.deadline = self.flushes = 0
         self._engine = engine = Engine(memory)
+        self.gates = Gates(memory, self.forget_code)
         self._gdt = (0, 0)
+        self._inner: memoryview | list[int] = [0, 0]
         self._stopping = self._running = False
         self._vector: int | None = None
         self._leaving: Context | None = None
@@ -137,8 +129,22 @@ class PortableCpu:
         counts = self._running and self._vector is None and self._leaving is None
         return self.instructions + self._begun if counts else -1
 
+    def set_tss(self, base: int, machine: int) -> None:
+        """Point TR of all states at a task state segment."""
+        self._ring0.resume()
+        self._engine.uc.reg_write(x86.UC_X86_REG_TR, (0, base, TSS_LIMIT, TSS_ATTRIBUTES))
+        self._ring0.capture()
+        self._inner = self.memory.words[machine + ESP1 >> 2 : machine + ESP1 + 8 >> 2]
+
+    def set_inner_stack(self, state: PortableState, selector: int, pointer: int) -> None:
+        """Let ``state`` enter ring 1 on this stack when it goes there through a call gate."""
+        state.inner_stack = pointer, selector
+        if state is getattr(self, "state", None):
+            self._inner[0], self._inner[1] = pointer, selector
+
     def load(self, state: PortableState) -> None:
         self.state = state
+        self._inner[0], self._inner[1] = state.inner_stack
         self.flush_tlb()
 
     def flush_tlb(self) -> None:
@@ -187,6 +193,9 @@ class PortableCpu:
 
     def _trap(self, vector: int) -> None:
         state, error, address = self.state, 0, 0
+        gate = state.gate
+        if gate is not None and vector == gate.vector and self.gates.enter(state, gate, self.flushes):
+            return
         if vector < 32 and self._is_software(vector):
             error = SOFTWARE
         elif vector == PAGE_FAULT:
@@ -258,7 +267,7 @@ class PortableCpu:
             self._engine.uc.reg_write(number, value)
         if not state.system:
             set_paging(self._engine, state.mode)
-            self._engine.write("cr0", CR0)
+            self._engine.write("cr0", CR0 | CR0_TS if state.task_switched else CR0)
 
     def _load_code_segment(self, state: PortableState) -> None:
         """Load CS, and with it the ring and, outside ring 0, SS."""

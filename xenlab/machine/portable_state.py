@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 
 from xenlab.machine.engine import FLOATING_POINT, GENERAL, SEGMENTS
+from xenlab.machine.gates import TrapGate
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.register_batch import RegisterBatch
 from xenlab.machine.segments import Descriptor
@@ -29,7 +30,9 @@ class PortableState:
     Attributes:
         gdt: linear address and limit of the descriptor table.
         ldt: the same of the local one.
+        gate, inner_stack: see `CpuState`.
         system: IDTR, LDTR, TR, CR4 and CR0 as Unicorn gives them, once the state has run in ring 0.
+        task_switched: CR0.TS.
         floating: the x87 and SSE registers, as `RegisterBatch` reads them.
     """
 
@@ -45,6 +48,9 @@ class PortableState:
 
     def __init__(self, floating: bytes, mode: PagingMode, cr3: int, gdt: tuple[int, int]) -> None:
         self.mode, self.cr3, self.gdt, self.ldt = mode, cr3, gdt, (0, 0)
+        self.gate: TrapGate | None = None
+        self.inner_stack = (0, 0)
+        self.task_switched = False
         self.system: list[int | tuple[int, ...]] = []
         self.floating = floating
         self.caches = {name: Segment(0, 0, 0, 0) for name in SEGMENTS}
@@ -74,6 +80,9 @@ class PortableState:
 
     def set_ldt(self, base: int, limit: int) -> None:
         self.ldt = base, limit
+
+    def set_task_switched(self, on: bool) -> None:
+        self.task_switched = on
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
         return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi
@@ -122,6 +131,7 @@ class PortableState:
             self.gdt,
             self.ldt,
             self.system,
+            self.task_switched,
             caches,
         ]
         return self.floating + json.dumps(numbers).encode()
@@ -129,7 +139,7 @@ class PortableState:
     def restore(self, saved: bytes) -> None:
         size = len(self.floating)
         self.floating = saved[:size]
-        general, *numbers, gdt, ldt, system, caches = json.loads(saved[size:])
+        general, *numbers, gdt, ldt, system, self.task_switched, caches = json.loads(saved[size:])
         self.eip, self._eflags, self.cr2, self.cr3, self._cpl = numbers
         self.set_general(general)
         self.gdt, self.ldt = (gdt[0], gdt[1]), (ldt[0], ldt[1])

@@ -22,15 +22,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xenlab.machine import layout as at
 from xenlab.machine.engine import GENERAL, SEGMENTS, Context, Engine
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.segments import Descriptor
 
+if TYPE_CHECKING:
+    from xenlab.machine.gates import TrapGate
+
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 0x1, 0x4, 0x10, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
 IOPL, NT, RF, VM, AC, ID = 0x3000, 0x4000, 0x1_0000, 0x2_0000, 0x4_0000, 0x20_0000
+CR0_TS = 0x8
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
 
 # Indices of 32-bit words, counted from the first general register.
@@ -38,17 +42,20 @@ _EIP, _EFLAGS, _CC_SRC, CC_OP, _DF, _HFLAGS = (
     offset // 4 for offset in (at.EIP, at.EFLAGS, at.CC_SRC, at.CC_OP, at.DF, at.HFLAGS)
 )
 _CACHES, _STRIDE = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4
-CR2 = at.CONTROL // 4 + 4
+_CR0 = at.CONTROL // 4
+CR2 = _CR0 + 4
 _EXCEPTION = struct.Struct("<III")
 _HEAD_BYTES = at.CONTROL + 5 * 8
 _EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
 _LDT = _CACHES + _STRIDE * len(SEGMENTS)
+_GDT = _LDT + 2 * _STRIDE  # the task register stands between them
 _PRESENT_LDT = 0x8200  # the attributes that LLDT would load
 _ESP = 8
 _BIG = 1 << 22  # D/B in the second word of a descriptor
 _FOLLOWING = at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG
-_pack_cache = struct.Struct("<I4xI4xII").pack_into
-_pack_caches = struct.Struct("<I4xI4xIII4xI4xII").pack_into
+_CACHE = struct.Struct("<I4xI4xII")
+_pack_cache, _unpack_cache = _CACHE.pack_into, _CACHE.unpack_from
+_CS_AND_SS = slice(4 * _CODE, 4 * (_STACK + _STRIDE))
 # EIP, flags, condition codes, how they are kept, direction, hidden flags.
 _pack_go_on = struct.Struct("<I4xI4x8xI4x8xIII").pack_into
 # ESP, those, and the selectors in CS and SS.
@@ -90,11 +97,15 @@ class CpuState(Protocol):
     """The registers of one vCPU, readable and writable while it is not running.
 
     All values are 32-bit unsigned integers.  ``mode`` and ``cr3`` say which page tables it
-    runs on; a new ``cr3`` takes effect when the state is next loaded into the CPU.
+    runs on; a new ``cr3`` takes effect when the state is next loaded into the CPU.  ``gate`` is the one entry of
+    the interrupt table that does not lead to the hypervisor, and ``inner_stack`` ESP and SS for ring 1, as
+    `Cpu.set_inner_stack` sets them.
     """
 
     mode: PagingMode
     cr3: int
+    gate: TrapGate | None
+    inner_stack: tuple[int, int]
     eax: int
     ecx: int
     edx: int
@@ -124,8 +135,22 @@ class CpuState(Protocol):
         """Load a segment register without any check; loading ``ss`` sets the ring."""
         ...
 
+    @property
+    def gdt(self) -> tuple[int, int]:
+        """Linear address and limit of the descriptor table."""
+        ...
+
+    @property
+    def ldt(self) -> tuple[int, int]:
+        """Linear address and limit of the local descriptor table."""
+        ...
+
     def set_ldt(self, base: int, limit: int) -> None:
         """Let the CPU look for local descriptors at linear address ``base``, up to offset ``limit``."""
+        ...
+
+    def set_task_switched(self, on: bool) -> None:
+        """Set CR0.TS, with which the next floating-point or SSE instruction raises #NM, or clear it."""
         ...
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -207,6 +232,10 @@ class ContextState:
         self.exception = partial(_EXCEPTION.unpack_from, raw, layout.error_code)
         self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
         self.mode, self.cr3 = mode, cr3
+        self.gate: TrapGate | None = None
+        self.inner_stack = (0, 0)
+        # What `transfer` packed last: mostly the kernel's segments, each time.
+        self._entry: tuple[Segment | None, Segment | None, bytes, bool, int] = (None, None, b"", False, 0)
 
     @property
     def cpl(self) -> int:
@@ -264,36 +293,41 @@ class ContextState:
             words[_HFLAGS] = words[_HFLAGS] & ~at.HF_CPL | descriptor.dpl
         words[_HFLAGS] = words[_HFLAGS] & ~_FOLLOWING | self._following()
 
+    @property
+    def gdt(self) -> tuple[int, int]:
+        return self.words[_GDT + 2], self.words[_GDT + 4]
+
+    @property
+    def ldt(self) -> tuple[int, int]:
+        return self.words[_LDT + 2], self.words[_LDT + 4]
+
     def set_ldt(self, base: int, limit: int) -> None:
         self.words[_LDT + 2], self.words[_LDT + 4], self.words[_LDT + 5] = base, limit, _PRESENT_LDT
+
+    def set_task_switched(self, on: bool) -> None:
+        words = self.words
+        words[_CR0] = words[_CR0] & ~CR0_TS | (CR0_TS if on else 0)
+        words[_HFLAGS] = words[_HFLAGS] & ~at.HF_TS | (at.HF_TS if on else 0)
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
         head = self._head
         hidden, extra_base, data_base = _unpack_hidden(head, at.HFLAGS)
         if ss is None:
-            _pack_cache(head, _CODE_BYTE, *cs)
-            hidden = hidden & ~_FOLLOWING | self._following()
-        else:
-            # Spelled out, since a call with unpacked arguments costs more than the packing.
-            selector, base, limit, attributes = cs
-            stack_selector, stack_base, stack_limit, stack_attributes = ss
-            _pack_caches(
-                head,
-                _CODE_BYTE,
-                selector,
-                base,
-                limit,
-                attributes,
-                stack_selector,
-                stack_base,
-                stack_limit,
-                stack_attributes,
-            )
-            if extra_base or data_base or stack_base or not attributes & stack_attributes & _BIG:
+            # In the same segment, as an upcall of a kernel is, all that follows from it stays too.
+            if _unpack_cache(head, _CODE_BYTE) != cs:
+                _pack_cache(head, _CODE_BYTE, *cs)
                 hidden = hidden & ~_FOLLOWING | self._following()
+        else:
+            kept_cs, kept_ss, raw, flat, ring = self._entry
+            if cs is not kept_cs or ss is not kept_ss:
+                raw = _CACHE.pack(*cs) + _CACHE.pack(*ss)
+                flat, ring = not ss.base and bool(cs.attributes & ss.attributes & _BIG), ss.attributes >> 13 & 3
+                self._entry = cs, ss, raw, flat, ring
+            head[_CS_AND_SS] = raw
+            if extra_base or data_base or not flat:
+                hidden = hidden & ~(_FOLLOWING | _CPL) | self._following() | ring
             else:
-                hidden = hidden & ~_FOLLOWING | _FLAT
-            hidden = hidden & ~_CPL | stack_attributes >> 13 & 3
+                hidden = hidden & ~(_FOLLOWING | _CPL) | _FLAT | ring
         direction = 0xFFFF_FFFF if eflags & DF else 1
         _pack_go_on(head, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
         self.words[_ESP] = esp

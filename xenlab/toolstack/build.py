@@ -176,6 +176,7 @@ class _Builder:
         state.eflags = IF
         vcpu = Vcpu(self._domain.domid * VCPUS_PER_DOMAIN, self._domain, state)
         vcpu.kernel_ss, vcpu.kernel_esp = FLAT_RING1_SS, state.esp
+        self._xen.cpu.set_inner_stack(state, FLAT_RING1_SS, state.esp)
         return vcpu
 
     def _map(self, address: int, mfn: int, flags: int) -> None:

@@ -155,6 +155,8 @@ def _draw_crossing(canvas: Canvas, step: Step, y: float, domain: int) -> None:
         canvas.arrow(_LANES.get(event.ring, kernel), y, inner, y, colour, dash)
     elif event.kind in (Kind.DELIVER, Kind.IRET):
         canvas.arrow(inner, y, _LANES.get(event.to_ring, kernel), y, colour, dash)
+    elif event.kind is Kind.GATE:
+        canvas.arrow(_LANES.get(event.from_ring, kernel), y, _LANES.get(event.to_ring, kernel), y, colour, dash)
     elif event.kind is Kind.SWITCH:
         canvas.line(_LANES[3] - 40.0, y, inner, y, "", stroke=colour, stroke_width="4")
     else:

@@ -50,7 +50,7 @@ class RingsView(Picture):
         """The last frames that were built, newest first, with their words as pushed."""
         found: list[tuple[Event, list[FrameWord]]] = []
         for _key, event in newest_first(self._xen):
-            if event.kind is Kind.DELIVER:
+            if event.kind in (Kind.DELIVER, Kind.GATE):
                 found.append((event, frame_words(self._xen, event)))
             if len(found) == self._frames:
                 break

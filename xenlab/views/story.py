@@ -14,8 +14,7 @@ from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind, decode
-from xenlab.machine.cpu import WITH_ERROR_CODE
-from xenlab.machine.vectors import vector_name
+from xenlab.machine.vectors import WITH_ERROR_CODE, vector_name
 
 _HYPERCALLS = {call.value: call.name for call in Hypercall}
 # Nobody reads further back in a picture, and copying a whole trace costs milliseconds.
@@ -137,6 +136,8 @@ def _moves_of(event: Event, ring: int) -> tuple[int, list[Move]]:
             return values["to_ring"], []
         case Kind.DELIVER:
             return values["to_ring"], move(0, values["to_ring"], f"{short_vector(values['vector'])} handler")
+        case Kind.GATE:
+            return values["to_ring"], move(values["from_ring"], values["to_ring"], short_vector(values["vector"]))
         case Kind.RETURN:
             return ring, move(0, ring, "return")
         case Kind.EMULATE:
@@ -226,6 +227,8 @@ def describe(xen: Hypervisor, step: Step) -> str:
             return f"{vector_name(values['vector'])} in ring {values['ring']} at {_place(xen, event, values['eip'])}"
         case Kind.DELIVER:
             return f"frame for {short_vector(values['vector'])}, on to {_place(xen, event, values['handler'])}"
+        case Kind.GATE:
+            return f"{short_vector(values['vector'])} by its gate, on to {_place(xen, event, values['handler'])}"
         case Kind.UPCALL:
             return f"upcall for an event, on to {_place(xen, event, values['handler'])}"
         case Kind.EMULATE:
@@ -292,4 +295,4 @@ def site(event: Event) -> tuple[int, bool] | None:
         return event.eip, software
     if event.kind in (Kind.EMULATE, Kind.IRET):
         return event.eip, False
-    return (event.handler, False) if event.kind in (Kind.DELIVER, Kind.UPCALL) else None
+    return (event.handler, False) if event.kind in (Kind.DELIVER, Kind.GATE, Kind.UPCALL) else None

@@ -71,6 +71,8 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("hypercall_traced", Unit.FLOORS, 2.2, guests.hypercall_traced),
         Benchmark("fault_bounce", Unit.FLOORS, 4.0, guests.fault_bounce),
         Benchmark("page_fault_bounce", Unit.FLOORS, 4.0, guests.page_fault_bounce),
+        Benchmark("syscall_direct", Unit.FLOORS, 3.5, guests.syscall_direct),
+        Benchmark("syscall_bounced", Unit.FLOORS, 4.5, guests.syscall_bounced),
         Benchmark("domain_switch", Unit.FLOORS, 4.0, guests.domain_switch),
         Benchmark("domain_switch_128", Unit.FLOORS, 4.0, many.domain_switch_128),
         Benchmark("event_upcall", Unit.FLOORS, 4.0, many.event_upcall),

@@ -41,10 +41,9 @@ start: mov ebx, offset table
     push FLAT_RING3_CS
     push offset again
     iret
-handler: {drop}
-    add dword ptr [esp], 2
+handler: {handler}
     iret
-table: .byte {vector}, 0
+table: .byte {vector}, {flags}
     .short FLAT_RING1_CS
     .long handler, 0, 0
     .align 4096
@@ -57,9 +56,13 @@ user_stack:
 user_end:
 """
 # Both faulting instructions are two bytes long.
-FAULT = _BOUNCE.format(vector=6, fault="ud2", drop="nop")
-PAGE_FAULT = _BOUNCE.format(vector=14, fault="mov eax, [ebx]", drop="add esp, 4")
+FAULT = _BOUNCE.format(vector=6, flags=0, fault="ud2", handler="nop\n add dword ptr [esp], 2")
+PAGE_FAULT = _BOUNCE.format(vector=14, flags=0, fault="mov eax, [ebx]", handler="add esp, 4\n add dword ptr [esp], 2")
 FAULT_ROUND_INSTRUCTIONS = 5
+# With 4 in its flags the gate masks events, which the CPU cannot do by itself.
+SYSCALL_DIRECT = _BOUNCE.format(vector=0x80, flags=3, fault="int 0x80", handler="")
+SYSCALL_BOUNCED = _BOUNCE.format(vector=0x80, flags=3 + 4, fault="int 0x80", handler="")
+SYSCALL_ROUND_INSTRUCTIONS = 3
 
 COMPUTE = """
 start: mov edi, offset buffer
@@ -127,6 +130,16 @@ def page_fault_bounce() -> Sample:
     The emulated CPU's own walk of the page tables, before it raises the fault, is in the figure.
     """
     return _per_round(hypervisor_with(PAGE_FAULT), FAULT_ROUND_INSTRUCTIONS)
+
+
+def syscall_direct() -> Sample:
+    """A system call by ``int 0x80`` through a gate that the CPU takes alone, and back by ``iret``."""
+    return _per_round(hypervisor_with(SYSCALL_DIRECT), SYSCALL_ROUND_INSTRUCTIONS)
+
+
+def syscall_bounced() -> Sample:
+    """The same through the hypervisor, which has to mask events on the way."""
+    return _per_round(hypervisor_with(SYSCALL_BOUNCED), SYSCALL_ROUND_INSTRUCTIONS)
 
 
 def domain_switch() -> Sample:

@@ -17,7 +17,7 @@ from xenlab.grading.guests import EMULATOR, Run, Slot
 from xenlab.grading.instances import Choices
 from xenlab.grading.lessons.base import Finding, Guest, Plan
 from xenlab.hypervisor.trace import Event, Kind
-from xenlab.machine.cpu import PROTECTION
+from xenlab.machine.vectors import PROTECTION
 
 Expected = Callable[[Mapping[str, int]], Mapping[str, int]]
 _CR4_BITS = (0x1, 0x2, 0x4, 0x8, 0x80, 0x200, 0x400)
