@@ -175,8 +175,6 @@ def waits(peer: int) -> str:
     return _CHANNELS.format(peer=peer, then='call_xen __HYPERVISOR_sched_op, SCHEDOP_poll, "offset poll"')
 
 
-<<<<<<< HEAD
-=======
 # Has each kind of timer running, far ahead and near, when it polls with a time at which to give up.
 TIMERS = (
     _MACROS
@@ -200,7 +198,6 @@ polled: .long 2
 """
     + _WRONG
 )
->>>>>>> main
 # Told of the end of others, and asleep.
 CONTROL = (
     _MACROS

@@ -19,10 +19,7 @@ from many_guests import (
     GIVES_BACK,
     SHUTS_DOWN,
     TABLES,
-<<<<<<< HEAD
-=======
     TIMERS,
->>>>>>> main
     sends,
     waits,
 )
@@ -45,11 +42,7 @@ KEPT = (Domain, Vcpu, ContextState, Context)
 def members(wave: int) -> list[tuple[str, PagingMode, bool]]:
     """The sources of a wave's guests, their formats, and whether each is let run; neighbours are connected."""
     sources = [(COMPUTES, True), (BLOCKS, True), (CRASHES, True), (SHUTS_DOWN, True), (TABLES, True), (TABLES, True)]
-<<<<<<< HEAD
-    sources += [(GIVES_BACK, True), (COMPUTES, False), (COMPUTES, True), (BLOCKS, True)]
-=======
     sources += [(GIVES_BACK, True), (COMPUTES, False), (COMPUTES, True), (TIMERS, True)]
->>>>>>> main
     first = len(sources) + 1
     for pair in range(first, DOMAINS_A_WAVE, 2):
         sources += [(sends(pair + 1), True), (waits(pair), True)]
@@ -71,10 +64,7 @@ def what_is_left(xen: Hypervisor) -> dict[str, Any]:
     frames = xen.frames
     objects = Counter(type(thing) for thing in gc.get_objects())
     known: Any = xen.scheduler.state()
-<<<<<<< HEAD
-=======
     alarms: Any = xen.timers.alarms.state()
->>>>>>> main
     control = xen.domains[0]
     return {
         "free": frames.free_frames,
@@ -86,11 +76,8 @@ def what_is_left(xen: Hypervisor) -> dict[str, Any]:
         "scheduled": sorted(known["vcpus"]) if isinstance(known, dict) else known,
         "ports": control.ports,
         "tables": xen.page_tables.state(),
-<<<<<<< HEAD
-=======
         "timers": xen.timers.state(),
         "alarms": [alarms[kind] for kind in ("real", "virtual")],
->>>>>>> main
         "shared": xen.shared_pages.state(),
         "objects": [objects[kind] for kind in KEPT],
     }
@@ -150,11 +137,7 @@ def test_three_hundred_domains_leave_nothing(make: Callable[[], Scheduler]) -> N
 
 def assert_that_they_did_what_they_are_for(xen: Hypervisor, domains: list[Domain]) -> None:
     """Else nothing of what they hold could be lost."""
-<<<<<<< HEAD
-    computes, blocks, crashes, ends, *tables, gives, still, _busy, _asleep = domains[:10]
-=======
     computes, blocks, crashes, ends, *tables, gives, still, _busy, timed = domains[:10]
->>>>>>> main
     assert [domain.domid for domain in domains] == list(range(1, DOMAINS_A_WAVE + 1))
     assert (computes.vcpus[0].run_state, blocks.vcpus[0].run_state) == (RunState.RUNNABLE, RunState.BLOCKED)
     assert (crashes.shutdown, ends.shutdown) == (Shutdown.CRASH, Shutdown.POWEROFF)
@@ -165,11 +148,8 @@ def assert_that_they_did_what_they_are_for(xen: Hypervisor, domains: list[Domain
         assert types[FrameType.DESCRIPTORS] == 2, domain.mode
         assert sum(bool(xen.frames.flags[mfn] & PINNED) for mfn in domain.frames) == 2
     assert gives.pages == 256 - 20, gives.report
-<<<<<<< HEAD
-=======
     polls, ticks = timed.vcpus[0].polling, timed.vcpus[0].tick_period
     assert (timed.ended, polls, ticks, timed.vcpus[0].run_state) == (False, 2, 100_000, RunState.BLOCKED), timed.report
->>>>>>> main
     for sender, waiter in zip(domains[10::2], domains[11::2], strict=True):
         assert [port.status for port in sender.ports.values()].count(EvtchnStatus.INTERDOMAIN) == 2, sender.report
         assert [port.status for port in waiter.ports.values()].count(EvtchnStatus.INTERDOMAIN) == 2, waiter.report

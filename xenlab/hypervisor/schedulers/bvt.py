@@ -267,7 +267,6 @@ class Bvt:
             _take(self._warped_by_avt, (clock.avt, vcpu, clock))
         else:
             _take(self._unwarped, (clock.avt, vcpu, clock))
-<<<<<<< HEAD
 
     @property
     def allowance(self) -> int:
@@ -277,8 +276,6 @@ class Bvt:
     def clocks(self) -> dict[int, tuple[int, int]]:
         """Actual and effective virtual time of each vCPU at the last call, in instructions at the default weight."""
         return {vcpu: (clock.avt // _INSTRUCTION, clock.evt // _INSTRUCTION) for vcpu, clock in self._vcpus.items()}
-=======
->>>>>>> main
 
     def parameters(self, vcpu: int) -> dict[str, int]:
         """What is set for ``vcpu``: weight, warp, warp_limit, unwarp.
