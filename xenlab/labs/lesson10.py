@@ -17,6 +17,7 @@ from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.inputs import Typed
 from xenlab.hypervisor.parts import load_part, save_part
 from xenlab.hypervisor.schedulers import Bvt, Diary, Scheduler
+from xenlab.hypervisor.schedulers.diary import PICK, WAKE
 from xenlab.hypervisor.schedulers.parameters import DEFAULT_WEIGHT, MOST_INSTRUCTIONS, MOST_WEIGHT, check_values
 from xenlab.hypervisor.trace import Trace
 from xenlab.machine.machine import Machine
@@ -135,10 +136,11 @@ def waits(xen: Hypervisor, domid: int) -> list[int]:
     """How long a domain waited for the CPU after each of its wake-ups so far, in instructions; the start is none."""
     assert isinstance(xen.scheduler, Diary)
     key, woke, found = xen.domains[domid].vcpus[0].key, 0, []
-    for line in xen.scheduler.lines():
-        if line.vcpu == key and line.what == "wake":
+    lines = [line for line in xen.scheduler.lines() if line.vcpu == key]
+    for line in lines[1:]:  # the first one is its start
+        if line.what == WAKE:
             woke = line.time
-        elif line.vcpu == key and line.what == "pick" and woke:
+        elif line.what == PICK and woke:
             found.append(line.time - woke)
             woke = 0
     return found
@@ -250,11 +252,13 @@ def schemer(*, warp: int, warp_limit: int = 0, unwarp: int = 0, run: int = 1_000
 
 def live_timeline() -> tuple[Timeline, list[Slider]]:
     """Three busy domains and one that answers keys, at their start, with a way forward and back, and sliders."""
-    xen = machine(Bvt(1 << 20, ALLOWANCE), [*busy(), Worker("keys", KEY_WORK)], keys=KEYS_APART)
+    xen = machine(Bvt(1 << 20, ALLOWANCE), [*busy(), Worker("keys", KEY_WORK)])
     weights = [parameter_slider(xen, domid, "weight", low=32, high=1_024, step=32) for domid in range(4)]
     warp = parameter_slider(xen, 3, "warp", low=0, high=12_000, step=500)
     allowance = allowance_slider(xen, low=500, high=8_000, step=500)
-    return Timeline(xen), [*weights, warp, allowance]
+    timeline = Timeline(xen)
+    timeline.submit(Key(3, KEYS_APART))
+    return timeline, [*weights, warp, allowance]
 
 
 def microseconds(instructions: float) -> float:

@@ -147,7 +147,7 @@ function render({ model, el }) {
   root.append(bar);
   if (sliders.length) {
     const group = { class: "xl-sliders", role: "group", "aria-label": "What you may set" };
-    root.append(element("div", group, ...sliders.map((slider) => slider.box)));
+    bar.append(element("div", group, ...sliders.map((slider) => slider.box)));
   }
   el.append(root);
 

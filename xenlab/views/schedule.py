@@ -23,7 +23,7 @@ from xenlab.views.palette import domain_colour, domain_dash
 from xenlab.views.picture import Picture, table
 
 _SHOWN = 8
-_X, _PLOT_WIDTH = 190, WIDTH - 190 - 158
+_X, _PLOT_WIDTH = 190, WIDTH - 190 - 172
 _TOP, _LANE, _CLOCKS, _WAITS = 52.0, 34, 170, 62
 DEFAULT_SPAN = 60_000
 
@@ -169,6 +169,7 @@ class _Reader:
         self._lanes, self._start, self._now = lanes, start, now
         self._since: dict[int, int] = {}
         self._woke: dict[int, int] = {}
+        self._known: set[int] = set()
         self._running = NOBODY
 
     def read(self, diary: Diary) -> None:
@@ -192,7 +193,10 @@ class _Reader:
 
     def _note(self, lane: Lane, line: Line) -> None:
         if line.what == WAKE:
-            self._since[lane.vcpu] = self._woke[lane.vcpu] = line.time
+            self._since[lane.vcpu] = line.time
+            if lane.vcpu in self._known:  # the first time is its start
+                self._woke[lane.vcpu] = line.time
+            self._known.add(lane.vcpu)
         elif line.what == SLEEP:
             self._add_ready(lane, self._since.pop(lane.vcpu, line.time), line.time)
             self._woke.pop(lane.vcpu, None)

@@ -45,15 +45,17 @@ class Slider:
     read: Callable[[], int | None]
     item: Callable[[int], Input]
 
-    def move(self, timeline: Submits, value: int) -> None:
-        """Set a value, as near to ``value`` as the slider reaches, at the present moment.
+    def move(self, timeline: Submits, value: int) -> int:
+        """Set a value, as near to ``value`` as the slider reaches, at the present moment; which one that is.
 
         Raises:
             XenlabError: there is nothing to set.
         """
         if self.read() is None:
             raise XenlabError(f"{self.label}: there is no such domain, or the scheduler has no such parameter")
-        timeline.submit(self.item(max(self.low, min(value, self.high))))
+        near = max(self.low, min(value, self.high))
+        timeline.submit(self.item(near))
+        return near
 
     def frame(self) -> dict[str, Any]:
         """What a page has to know."""

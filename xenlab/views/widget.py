@@ -54,6 +54,7 @@ class LiveView(anywidget.AnyWidget):
 
     def __init__(self, timeline: Movable, *views: Picture, sliders: Sequence[Slider] = ()) -> None:
         self._views, self._sliders = views, tuple(sliders)
+        self._moved: dict[int, tuple[int, int]] = {}
         self._stills: list[Any] = []
         self.player = Player(timeline, self.refresh)
         super().__init__()
@@ -68,7 +69,7 @@ class LiveView(anywidget.AnyWidget):
             self.frames = [{"title": view.title, "svg": view.svg(), "text": view.text()} for view in self._views]
             self.position, self.start, self.end = timeline.position, timeline.start, timeline.end
             self.playing, self.status = self.player.playing, self.player.status
-            self.sliders = [slider.frame() for slider in self._sliders]
+            self.sliders = [self._slider_frame(place) for place in range(len(self._sliders))]
         if not self.playing:
             self._update_stills()
 
@@ -117,7 +118,17 @@ class LiveView(anywidget.AnyWidget):
 
     def _slide(self, place: Any, value: int) -> None:
         if isinstance(place, int) and 0 <= place < len(self._sliders):
-            self.player.submit(lambda timeline: self._sliders[place].move(timeline, value))
+            now = self.player.timeline.position
+            self._moved = {other: moved for other, moved in self._moved.items() if moved[0] <= now}
+            self.player.submit(lambda timeline: self._move(place, timeline, value))
+
+    def _move(self, place: int, timeline: Movable, value: int) -> None:
+        self._moved[place] = (timeline.position, self._sliders[place].move(timeline, value))
+
+    def _slider_frame(self, place: int) -> dict[str, Any]:
+        """What was set at this moment is done when the run goes on, and shown at once."""
+        frame, (moment, value) = self._sliders[place].frame(), self._moved.get(place, (-1, 0))
+        return {**frame, "value": value} if moment == self.player.timeline.position else frame
 
     def _on_message(self, _widget: Any, content: Any, _buffers: Any) -> None:
         if not isinstance(content, dict):
