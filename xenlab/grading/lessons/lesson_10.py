@@ -98,7 +98,7 @@ class BorrowedTime:
             return 8 * choices.number("price", 30, 60) >> size
         if rules.law == BASE:
             return (rules.base + choices.number("unit", 6, 40) << size) - rules.base
-        return rules.step * size + choices.number(f"rest.{size}", 1, rules.step - 1)
+        return rules.step * size + choices.number(f"rest.{size}", 1, rules.step // 4)
 
     def row(self, size: int, work: int = 0, warp: int = 0) -> dict[str, int]:
         """A domain: works ``work`` instructions after each wake-up, or without end."""
