@@ -165,6 +165,24 @@ def test_step_back_goes_back_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timeline.position == past._STRIDE % 100_000 - 1
 
 
+def test_scrubbing_goes_to_any_moment_of_a_run_of_sixteen_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(past, "SCRUB_INSTRUCTIONS", 400_000)
+    xen = past.wanderers()
+    monkeypatch.setattr(past, "wanderers", lambda: xen)
+    assert past.scrub()() > 0
+    place = xen.now
+    assert 0 < place < 400_000
+    assert past.scrub_worst()() > 0
+    assert xen.now != place
+    assert {event.to_vcpu // 32 for event in xen.trace.events(Kind.SWITCH)} == set(range(16))
+    assert not any(domain.ended for domain in xen.domains.values())
+
+
+def test_recording_is_measured_beside_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(past, "RECORDED_INSTRUCTIONS", 100_000)
+    assert 0 < past.recording()() < 10
+
+
 def test_computing_guest_does_not_trap() -> None:
     xen = guests.hypervisor_with(guests.COMPUTE, traced=True)
     assert xen.trace is not None

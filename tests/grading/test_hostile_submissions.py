@@ -92,7 +92,7 @@ def test_answer_of_many_megabytes_is_not_read(judged: Grade) -> None:
     assert "longer than" in report.error
 
 
-@pytest.mark.parametrize("number", ["00", "02"])
+@pytest.mark.parametrize("number", ["00", "02", "08"])
 def test_forged_reply_is_only_a_wrong_answer(judged: Grade, number: str) -> None:
     report = judged(number, WRITE_EVERYWHERE.format(reply=json.dumps(FORGED).encode()))
     assert report.score == 0

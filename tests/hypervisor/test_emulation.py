@@ -17,8 +17,20 @@ from xenlab.machine.paging import TWO_LEVEL, PagingMode
 from xenlab.machine.vectors import PROTECTION
 
 CR0 = 0x8005_0033
+# What the guest sees of the machine's CR4; with PAE page tables there is also 0x20.
+CR4 = 0x600
 REGISTERS = {name: 0x100 + number for number, name in enumerate(GENERAL)} | {"eip": 0x1000, "eflags": 2}
-SYSTEM = {"ring": 1, "iopl": 0, "tsc": 0x1_2345_6789, "cr0": CR0, "cr2": 0xDEAD, "cr3": 0x5000, "cr4": 0} | {
+SYSTEM = {
+    "ring": 1,
+    "iopl": 0,
+    "tsc": 0x1_2345_6789,
+    "cr0": CR0,
+    "cr2": 0xDEAD,
+    "cr3": 0x5000,
+    "cr4": 0,
+    "machine_cr4": CR4,
+    "vcpu": 0,
+} | {
     "dr0": 1,
     "dr1": 2,
     "dr2": 3,
@@ -31,14 +43,17 @@ SYSTEM = {"ring": 1, "iopl": 0, "tsc": 0x1_2345_6789, "cr0": CR0, "cr2": 0xDEAD,
 DONE = {
     "mov ebx, cr0": CR0,
     "mov ebx, cr2": 0,
-    "mov ebx, cr4": 0,
+    "mov ebx, cr4\n and ebx, ~0x20": CR4,
     "mov ebx, dr6": 0xFFFF_0FF0,
     "mov ebx, dr7": 0x400,
     "clts": None,
     "wbinvd": None,
     "rdtsc": None,
     "mov eax, 0x12345\n mov cr2, eax\n mov ebx, cr2": 0x12345,
-    "mov eax, 0x600\n mov cr4, eax\n mov ebx, cr4": 0x600,
+    "mov eax, 0xc\n mov cr4, eax\n mov ebx, cr4\n and ebx, ~0x20": CR4 | 0xC,
+    # Bits of the machine's are as they are, whatever is written.
+    "xor eax, eax\n mov cr4, eax\n mov ebx, cr4\n and ebx, ~0x20": CR4,
+    "mov eax, 0xfffffff3\n mov cr4, eax\n mov ebx, cr4\n and ebx, ~0x20": CR4,
     "mov ebx, cr3\n mov cr3, ebx": None,
     "mov ebx, cr0\n or ebx, 8\n mov cr0, ebx\n mov ebx, cr0": CR0 | 8,
     "mov ebx, cr0\n or ebx, 8\n mov cr0, ebx\n clts\n mov ebx, cr0": CR0,
@@ -86,11 +101,11 @@ def test_time_stamp_is_for_everybody_and_is_instructions_begun(ring: int, play: 
     "probe",
     [
         *(f"mov eax, {CR0 ^ 1 << bit:#x}\n mov cr0, eax" for bit in range(32) if bit != 3),
-        "mov eax, 0x20\n mov cr4, eax",
-        "mov eax, 0x10\n mov cr4, eax",
         "mov eax, 0x1000\n mov cr3, eax",
-        "mov eax, 1\n mov dr7, eax",
-        "mov ecx, 0x10\n rdmsr",
+        "mov eax, 0x2001\n mov dr7, eax",
+        "mov eax, 0x2000\n mov dr7, eax",
+        "mov eax, 0x20001\n mov dr7, eax",
+        "mov ecx, 0x277\n rdmsr",
         "mov ecx, 0xc0000080\n xor edx, edx\n mov eax, 0x801\n wrmsr",
         "hlt",
         "lgdt [udata]",
@@ -171,9 +186,14 @@ def test_any_bytes_change_only_what_is_named(code: bytes, ring: int) -> None:
     changes = PrivilegedInstructions().emulate(code, REGISTERS, system)
     if changes is not None:
         assert 0x1000 < changes["eip"] <= 0x1000 + len(code)
-        assert set(changes) <= set(REGISTERS) | set(SYSTEM) - {"ring", "iopl", "tsc"}
+        assert set(changes) <= set(REGISTERS) | (set(SYSTEM) | {"exception", "hypercall_page"}) - {
+            "ring",
+            "iopl",
+            "tsc",
+        }
         assert changes.get("cr0", CR0) & ~8 == CR0
-        assert changes.get("dr7", 0x400) == 0x400
+        assert changes.get("cr4", 0) & ~0xC == 0
+        assert changes.get("dr7", 0x400) & 0xFC00 == 0x400
         assert ring == 1 or set(changes) <= {"eip", "eax", "edx"}
 
 
@@ -187,7 +207,8 @@ def test_all_operand_bytes_of_moves_from_control_registers() -> None:
         changes = PrivilegedInstructions().emulate(bytes((0x0F, 0x20, operand)), REGISTERS, SYSTEM)
         number = operand >> 3 & 7
         if number in (0, 2, 3, 4):
-            assert changes == {GENERAL[operand & 7]: SYSTEM[f"cr{number}"], "eip": 0x1003}
+            value = CR4 if number == 4 else SYSTEM[f"cr{number}"]
+            assert changes == {GENERAL[operand & 7]: value, "eip": 0x1003}
         else:
             assert changes is None
 

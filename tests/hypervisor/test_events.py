@@ -285,23 +285,24 @@ class TestBits:
 class TestCallbacksAndSleep:
     @pytest.mark.parametrize("cs", [FLAT_RING1_CS, FLAT_RING1_CS - 1])
     def test_both_ways_to_register(self, cs: int, bench: Bench) -> None:
-        vcpu, events = bench.a.vcpus[0], bench.xen.events
-        assert bench.call(bench.a, events.set_callbacks, cs, 0x1234, 0, 0) == 0
+        vcpu, calls = bench.a.vcpus[0], bench.xen.hypercalls.handlers
+        assert bench.call(bench.a, calls[Hypercall.set_callbacks], cs, 0x1234, 0, 0) == 0
         assert vcpu.event_callback is not None
         assert (vcpu.event_callback.cs, vcpu.event_callback.eip) == (FLAT_RING1_CS, 0x1234)
         for kind, eip in ((CallbackType.EVENT, 0x5678), (CallbackType.FAILSAFE, 0x9ABC)):
             bench.xen.guest_memory.write_words(vcpu, SCRATCH, (kind, cs, eip))
-            assert bench.call(bench.a, events.callback_op, CallbackOp.REGISTER, SCRATCH) == 0
-            assert bench.call(bench.a, events.callback_op, CallbackOp.UNREGISTER, SCRATCH) == -Errno.EINVAL
+            assert bench.call(bench.a, calls[Hypercall.callback_op], CallbackOp.REGISTER, SCRATCH) == 0
+            assert bench.call(bench.a, calls[Hypercall.callback_op], CallbackOp.UNREGISTER, SCRATCH) == -Errno.EINVAL
         assert vcpu.event_callback.eip == 0x5678
 
     def test_refused_callbacks(self, bench: Bench) -> None:
-        callback_op = bench.xen.events.callback_op
-        for kind in (2, 3, 4, 5, 7, 0xFFFF):
+        callback_op = bench.xen.hypercalls.handlers[Hypercall.callback_op]
+        # SYSCALL's is for 64-bit kernels, and the old number of SYSENTER's is gone.
+        for kind in (2, 3, 6, 8, 0xFFFF):
             bench.xen.guest_memory.write_words(bench.a.vcpus[0], SCRATCH, (kind, 0, 0))
             for command in CallbackOp:
                 assert bench.call(bench.a, callback_op, command, SCRATCH) == -Errno.ENOSYS
-        assert bench.call(bench.a, callback_op, 2, SCRATCH) == -Errno.ENOSYS
+        assert bench.call(bench.a, callback_op, 2, SCRATCH) == -Errno.EINVAL
         for command in CallbackOp:
             assert bench.call(bench.a, callback_op, command, NOWHERE) == -Errno.EFAULT
 
@@ -396,7 +397,8 @@ class Receiver(Bench):
         self.page = self.xen.memory.frame(self.a.shared_info_mfn)
         self.page[1] = 0
         self.vcpu.state.esp = SCRATCH + 0x800
-        self.call(self.a, self.xen.events.set_callbacks, FLAT_RING1_CS, SCRATCH + 0x100)
+        set_callbacks = self.xen.hypercalls.handlers[Hypercall.set_callbacks]
+        self.call(self.a, set_callbacks, FLAT_RING1_CS, SCRATCH + 0x100)
         self.xen.guest_memory.write_words(self.vcpu, SCRATCH, (1,))
         self.start = self.vcpu.state.save(), bytes(self.page)
 

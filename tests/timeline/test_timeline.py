@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from xenlab import Hypervisor, Machine, TimelineError, boot
 from xenlab.hypervisor.core import Stop
-from xenlab.hypervisor.frames import TSS_FRAME
 from xenlab.hypervisor.inputs import Pause, Typed, Unpause
 from xenlab.hypervisor.schedulers import RoundRobin
-from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.trace import Event, Kind
 from xenlab.timeline import Boot, Destroy, Timeline
-from xenlab.timeline.snapshots import Snapshots, take
+from xenlab.timeline.snapshots import Snapshots
 from xenlab.toolstack import image_from_source
 
 COUNTS = "start: inc dword ptr [number]\n xor eax, [number]\n jmp start\n number: .long 0"
@@ -32,6 +35,28 @@ start:  mov ebx, CONSOLEIO_read
 buffer: .space 16
 """
 BLOCKS = "start: mov ebx, SCHEDOP_block\n mov eax, __HYPERVISOR_sched_op\n int 0x82\n inc esi\n jmp start"
+
+# Sleeps for so many nanoseconds, works for some hundred instructions, and sleeps again.
+SLEEPS = """
+start:  add dword ptr [until], {low}
+        adc dword ptr [until + 4], {high}
+        mov ebx, SCHEDOP_poll
+        mov ecx, offset poll
+        mov eax, __HYPERVISOR_sched_op
+        int 0x82
+        inc dword ptr [woken]
+        mov ecx, 300
+works:  loop works
+        jmp start
+poll:   .long 0, 0
+until:  .long 0, 0
+woken:  .long 0
+"""
+
+
+def sleeper(instructions: int) -> str:
+    nanoseconds = 10 * instructions
+    return SLEEPS.format(low=nanoseconds & 0xFFFF_FFFF, high=nanoseconds >> 32)
 
 
 def timeline_of(*sources: str, interval: int = 100, **options: int) -> Timeline:
@@ -153,6 +178,41 @@ def test_going_idle_between_two_inputs_is_the_same_as_taking_both() -> None:
     assert (timeline.machine_hash(), timeline.events()) == (after, events)
 
 
+def test_a_sleep_of_a_thousand_million_instructions_is_one_leap() -> None:
+    timeline = timeline_of(sleeper(1_000_000_000))
+    flushes = timeline.hypervisor.cpu.flushes
+    assert timeline.run(3_000_000_500).stop is Stop.BUDGET
+    assert len([event for event in timeline.events() if event.kind is Kind.TIMER]) == 3
+    # It runs for about 300 instructions between two sleeps, with an interval of 100.
+    assert timeline.hypervisor.cpu.flushes - flushes < 60
+    after, events = timeline.machine_hash(), timeline.events()
+    for time in (2_999_999_999, 1_500_000_000, 1_000_000_123, 1):
+        assert timeline.seek(time) == time
+    timeline.seek(3_000_000_500)
+    assert (timeline.machine_hash(), timeline.events()) == (after, events)
+
+
+@settings(max_examples=20)
+@given(
+    sleeps=st.tuples(st.integers(150, 5000), st.integers(150, 5000)),
+    route=st.lists(st.integers(0, 8000), min_size=2, max_size=6),
+    interval=st.sampled_from((1, 64, 1000)),
+    key=st.integers(0, 8000),
+)
+def test_the_way_to_a_time_does_not_matter_where_guests_sleep(
+    sleeps: tuple[int, int], route: list[int], interval: int, key: int
+) -> None:
+    seen: dict[int, tuple[str, list[Event]]] = {}
+    for times in ([*route, *reversed(route)], [max(route)]):
+        timeline = timeline_of(*map(sleeper, sleeps), interval=interval)
+        timeline.hypervisor.inputs.submit(key, Typed(0, b"x"))
+        timeline.run(1)
+        for time in times:
+            timeline.seek(time)
+            found = timeline.machine_hash(), timeline.events()
+            assert seen.setdefault(time, found) == found
+
+
 def test_what_is_due_at_a_time_is_done_when_the_run_goes_on() -> None:
     timeline = timeline_of(COUNTS, COUNTS)
     timeline.run(50)
@@ -270,32 +330,92 @@ def test_a_scheduler_that_cannot_be_saved_is_refused() -> None:
         with_scheduler(Generated())
 
 
-def test_snapshots_are_thinned_the_oldest_most_and_the_first_never() -> None:
-    xen = timeline_of(COUNTS).hypervisor
-    first = take(xen, 0, {})
-    kept = Snapshots(first, 8, 1000)
-    times = []
-    for _ in range(100):
+def kept_of(xen: Hypervisor, limit: int, memory_mib: int, *, moments: int) -> tuple[Snapshots, list[int]]:
+    """A snapshot each 100 instructions, and the times."""
+    kept, times = Snapshots(xen, 0, limit, memory_mib), [xen.now]
+    for number in range(1, moments + 1):
         xen.run(100)
         times.append(xen.now)
-        kept.add(take(xen, 0, kept.latest(xen.now).pages))
+        kept.take(0, 100.0 * number)
+    return kept, times
+
+
+def test_snapshots_are_thinned_the_oldest_most_and_the_first_never() -> None:
+    kept, times = kept_of(timeline_of(COUNTS).hypervisor, 8, 1000, moments=100)
     assert len(kept) == 8
-    assert kept.latest(50) is first
+    assert kept.latest(50).time == 0
     assert [kept.latest(time).time for time in times[-2:]] == times[-2:]
-    assert kept.latest(5000).time < 5000
+    gaps = [later - earlier for earlier, later in pairwise(kept.times())]
+    assert gaps[0] > gaps[-1]
 
 
-def test_pages_that_did_not_change_are_kept_once() -> None:
+def test_a_snapshot_holds_the_pages_that_changed() -> None:
     xen = timeline_of(COUNTS).hypervisor
     xen.run(1000)  # the first turn of a vCPU also writes its time record
-    before = take(xen, 0, {})
-    xen.run(1000)
-    after = take(xen, 0, before.pages)
-    # The task state segment changes too, with the first switch.
-    changed = [mfn for mfn, data in after.pages.items() if before.pages.get(mfn) is not data and mfn != TSS_FRAME]
-    assert len(changed) == 1
-    limited = Snapshots(before, 50, 0)
-    limited.add(after)
-    xen.run(1000)
-    limited.add(take(xen, 0, after.pages))
-    assert len(limited) == 2
+    kept, times = kept_of(xen, 50, 1000, moments=3)
+    written = xen.domains[0].frames[-1]
+    assert [len(kept.latest(time).changed) for time in times[1:]] == [1, 1, 1]
+    xen.memory.frame(written)[7] = 1
+    kept.take(0, 400.0)
+    assert kept.latest(xen.now).changed.keys() == {written}
+
+
+def test_a_memory_limit_thins_too() -> None:
+    kept, _times = kept_of(timeline_of(COUNTS).hypervisor, 50, 0, moments=5)
+    assert len(kept) == 2
+
+
+class Pokes(RuleBasedStateMachine):
+    """Snapshots in any order, thinned at will, against whole copies of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.xen = timeline_of(COUNTS).hypervisor
+        self.kept = Snapshots(self.xen, 0, 6, 1000)
+        self.copies = {self.xen.now: self.copy()}
+        self.spare: list[int] = []
+
+    def copy(self) -> tuple[bytes, list[int]]:
+        return bytes(self.xen.memory.bytes), list(self.xen.frames.owner)
+
+    @rule(place=st.integers(0, 12), value=st.integers(0, 3))
+    def store(self, place: int, value: int) -> None:
+        owned = self.xen.frames.owned_by(0)
+        self.xen.memory.frame(owned[-1 - place])[:4] = bytes([value] * 4)
+
+    @rule(count=st.integers(1, 3))
+    def allocate(self, count: int) -> None:
+        for mfn in self.xen.frames.allocate(count, 0):
+            self.xen.memory.frame(mfn)[0] = 1
+
+    @rule()
+    def free(self) -> None:
+        unused = [mfn for mfn in self.xen.frames.owned_by(0) if not self.xen.frames.refs[mfn]]
+        self.xen.frames.release(unused[:2])
+
+    @rule(ahead=st.integers(1, 300))
+    def go_on_and_take(self, ahead: int) -> None:
+        self.xen.cpu.instructions += ahead
+        if self.xen.now not in self.copies:
+            self.copies[self.xen.now] = self.copy()
+            self.kept.take(0, self.xen.now / 7)
+
+    @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        time = data.draw(st.sampled_from(self.kept.times()))
+        self.kept.put_back(self.kept.latest(time))
+        assert self.xen.now == time
+
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        time = data.draw(st.sampled_from(self.kept.times()))
+        self.kept.drop_after(time)
+        self.copies = {at: copy for at, copy in self.copies.items() if at <= time}
+
+    def teardown(self) -> None:
+        for time in reversed(self.kept.times()):
+            self.kept.put_back(self.kept.latest(time))
+            assert self.copy() == self.copies[time]
+
+
+TestPokes = Pokes.TestCase

@@ -11,7 +11,7 @@ from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, Star
 from xenlab.abi.structures import StartInfo
 from xenlab.hypervisor.domain import Domain, RunState
 from xenlab.hypervisor.frames import FREE, XEN
-from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, segments_end, start_of
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, TSS_BASE, segments_end, start_of
 from xenlab.machine.paging import PAE, RW, TWO_LEVEL, USER, PagingMode, mapped_pages
 from xenlab.toolstack import Image, build, image_from_source
 from xenlab.toolstack.image import Section
@@ -137,7 +137,7 @@ def test_hypervisor_range_holds_the_list_and_the_descriptor_table_only(mode: Pag
         if address >= start_of(mode)
     }
     m2p = [start_of(mode) + 4096 * page for page in range(len(xen.frames.m2p_frames))]
-    assert set(above) == {*m2p, *range(GDT_BASE, GDT_BASE + GDT_LIMIT, 4096)}
+    assert set(above) == {*m2p, *range(GDT_BASE, GDT_BASE + GDT_LIMIT, 4096), TSS_BASE}
     assert [mode.frame_of(above[address]) for address in m2p] == list(xen.frames.m2p_frames)
     assert not any(entry & (RW | USER) for entry in above.values())
     assert {xen.frames.owner[mode.frame_of(entry)] for entry in above.values()} == {XEN}

@@ -158,6 +158,9 @@ def test_control_bar_keyboard_and_stills(page: Any, lab: tuple[str, Path], tmp_p
     reached(page, f"n < {after}")
     page.keyboard.press("Home")
     reached(page, "n === 0")
+    page.select_option(".xl-stop", "exceptions")
+    page.click(".xl-live .xl-next")
+    page.wait_for_function("document.querySelector('.xl-status').textContent.startsWith('trap of domain 0 at ')")
 
     page.select_option(".xl-speed", "100000")
     page.focus(".xl-live")

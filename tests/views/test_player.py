@@ -11,10 +11,11 @@ import pytest
 from view_guests import ENDLESS, talker
 
 from xenlab import Hypervisor, Machine, boot
-from xenlab.hypervisor.trace import Trace
+from xenlab.hypervisor.schedulers import RoundRobin
+from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.timeline import Timeline
 from xenlab.views import CallTimeline, MachineView, live
-from xenlab.views.player import IDLE, Player
+from xenlab.views.player import ANY_EVENT, IDLE, NO_EARLIER, Player
 from xenlab.views.widget import LiveView
 
 
@@ -122,6 +123,61 @@ def test_events_forward_and_back(player: Player, timeline: Timeline) -> None:
     assert timeline.position < visited[-1]
 
 
+def test_the_event_buttons_stop_at_what_was_chosen(player: Player, timeline: Timeline) -> None:
+    places = []
+
+    async def play() -> None:
+        player.stop = "exceptions"
+        for _event in range(3):
+            player.next_event()
+            await until(lambda: not player.playing)
+            places.append((timeline.position, player.status))
+
+    in_loop(play)
+    meant = [event.time for event in timeline.events() if event.kind is Kind.TRAP]
+    assert places == [(time, f"trap of domain 0 at {time}") for time in meant]
+    player.stop = "hypercalls"
+    calls = [event.time for event in timeline.events() if event.kind is Kind.HYPERCALL]
+    for time in calls[:-4:-1]:
+        player.previous_event()
+        assert (timeline.position, player.status) == (time, f"hypercall of domain 0 at {time}")
+    player.stop = "console"
+    player.previous_event()
+    assert (timeline.position, player.status) == (calls[-3], NO_EARLIER)
+
+
+def test_an_event_that_never_comes_ends_with_the_guest() -> None:
+    timeline = timeline_of(talker("bye"))
+    player = Player(timeline, lambda: None)
+
+    async def play() -> None:
+        player.stop = "page tables"
+        player.next_event()
+        await until(lambda: not player.playing)
+
+    in_loop(play)
+    assert (player.status, timeline.hypervisor.domains[0].ended) == (IDLE, True)
+
+
+def test_what_is_due_at_a_time_has_happened_behind_it() -> None:
+    xen = Hypervisor(Machine(memory_mib=4), scheduler=RoundRobin(100), trace=Trace())
+    for _guest in range(2):
+        boot(xen, ENDLESS)
+    timeline = Timeline(xen)
+    player = Player(timeline, lambda: None)
+    player.stop = "switches"
+
+    async def play() -> None:
+        for _event in range(3):
+            player.next_event()
+            await until(lambda: not player.playing)
+
+    in_loop(play)
+    assert (timeline.position, timeline.last_events(2)[0].kind) == (201, Kind.SWITCH)
+    player.previous_event()
+    assert (timeline.position, timeline.hypervisor.current.domid) == (101, 1)
+
+
 def test_event_after_a_long_silence() -> None:
     source = "start: mov ecx, 30000\nwait: loop wait\n int 0x82\n jmp start"
     timeline = timeline_of(source)
@@ -227,6 +283,20 @@ def test_live_view_speed_comes_from_the_list(view: LiveView) -> None:
     assert view.player.speed == 10_000
     view.speed = 12_345
     assert view.player.speed == 10_000
+
+
+def test_live_view_event_buttons_stop_at_what_is_chosen(view: LiveView, timeline: Timeline) -> None:
+    view.command({"do": "step", "n": 150})
+    view.stop = "hypercalls"
+    assert view.stops[0] == ANY_EVENT
+    assert view.player.stop in view.stops
+    view.command({"do": "previous"})
+    last = [event for event in timeline.all_events() if event.kind is Kind.HYPERCALL and event.time < 150][-1]
+    assert (view.position, view.status) == (last.time, f"hypercall of domain 0 at {last.time}")
+    assert view.frames[1]["text"] == CallTimeline(timeline.hypervisor).text()
+    assert str(last.time) in view.frames[1]["text"].split()
+    view.stop = "nonsense"
+    assert view.player.stop == "hypercalls"
 
 
 def test_displaying_leaves_stills(view: LiveView, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ class Hypercall(IntEnum):
     stack_switch = 3
     set_callbacks = 4
     fpu_taskswitch = 5
+    sched_op_compat = 6
     platform_op = 7
     set_debugreg = 8
     get_debugreg = 9
@@ -27,8 +28,10 @@ class Hypercall(IntEnum):
     multicall = 13
     update_va_mapping = 14
     set_timer_op = 15
+    event_channel_op_compat = 16
     xen_version = 17
     console_io = 18
+    physdev_op_compat = 19
     grant_table_op = 20
     vm_assist = 21
     update_va_mapping_otherdomain = 22
@@ -40,8 +43,13 @@ class Hypercall(IntEnum):
     callback_op = 30
     event_channel_op = 32
     physdev_op = 33
+    hvm_op = 34
     sysctl = 35
     domctl = 36
+    kexec_op = 37
+    xenpmu_op = 40
+    hypfs_op = 42
+    mca = 48
     # Ours: the paper's alarm on virtual time, which Xen dropped, at a number that x86 leaves free (arch_7).
     set_virtual_timer = 55
 
@@ -59,9 +67,11 @@ class Errno(IntEnum):
     EFAULT = 14
     EBUSY = 16
     EEXIST = 17
+    ENODEV = 19
     EINVAL = 22
     ENOSPC = 28
     ENOSYS = 38
+    ENODATA = 61
     ETIME = 62
     ERESTART = 85  # inside Xen only: the guest makes the call again and never sees it
     EOPNOTSUPP = 95
@@ -74,6 +84,10 @@ class SchedOp(IntEnum):
     BLOCK = 1
     SHUTDOWN = 2
     POLL = 3
+    REMOTE_SHUTDOWN = 4
+    SHUTDOWN_CODE = 5
+    WATCHDOG = 6
+    PIN_OVERRIDE = 7
 
 
 class Shutdown(IntEnum):
@@ -168,6 +182,16 @@ class CallbackType(IntEnum):
 
     EVENT = 0
     FAILSAFE = 1
+    NMI = 4
+    SYSENTER = 5
+    SYSCALL32 = 7
+
+
+class NmiOp(IntEnum):
+    """Commands of ``nmi_op`` (nmi.h)."""
+
+    REGISTER = 0
+    UNREGISTER = 1
 
 
 class ConsoleIo(IntEnum):
@@ -190,6 +214,7 @@ class XenVersion(IntEnum):
     PAGESIZE = 7
     GUEST_HANDLE = 8
     COMMANDLINE = 9
+    BUILD_ID = 10
 
 
 class StartFlags(IntFlag):
@@ -288,3 +313,49 @@ class VmAssistType(IntEnum):
     FOUR_GB_SEGMENTS_NOTIFY = 1
     WRITABLE_PAGETABLES = 2
     PAE_EXTENDED_CR3 = 3
+    ARCHITECTURAL_IOPL = 4
+    RUNSTATE_UPDATE_FLAG = 5
+
+
+class PhysdevOp(IntEnum):
+    """Commands of ``physdev_op`` (physdev.h)."""
+
+    IRQ_UNMASK_NOTIFY = 4
+    IRQ_STATUS_QUERY = 5
+    SET_IOPL = 6
+    SET_IOBITMAP = 7
+    APIC_READ = 8
+    APIC_WRITE = 9
+    ALLOC_IRQ_VECTOR = 10
+    EOI = 12
+    MAP_PIRQ = 13
+    UNMAP_PIRQ = 14
+    MANAGE_PCI_ADD = 15
+    MANAGE_PCI_REMOVE = 16
+    RESTORE_MSI = 19
+    MANAGE_PCI_ADD_EXT = 20
+    SETUP_GSI = 21
+    GET_FREE_PIRQ = 23
+    PCI_MMCFG_RESERVED = 24
+    PCI_DEVICE_ADD = 25
+    PCI_DEVICE_REMOVE = 26
+    RESTORE_MSI_EXT = 27
+    PREPARE_MSIX = 30
+    RELEASE_MSIX = 31
+
+
+class HvmOp(IntEnum):
+    """Commands of ``hvm_op`` that any domain may make (hvm_op.h)."""
+
+    SET_PARAM = 0
+    GET_PARAM = 1
+
+
+# What a caller of ``sysctl``, ``domctl`` and ``platform_op`` has to name (sysctl.h, domctl.h, platform.h).
+SYSCTL_VERSION = DOMCTL_VERSION = 0x15
+PLATFORM_VERSION = 0x0300_0001
+
+# Leaves of CPUID that the hypervisor answers (arch-x86/cpuid.h).
+CPUID_FIRST, CPUID_LAST = 0x4000_0000, 0x4000_0005
+CPUID_SIGNATURE = b"XenVMMXenVMM"
+CPUID_PRESERVES_AD = 1

@@ -19,6 +19,7 @@ from xenlab.grading.decisions import (
     Unusable,
     described,
 )
+from xenlab.grading.event_slot import MAX_QUESTIONS, EventQuestion, race
 from xenlab.grading.flush_slot import Asked, FlushClock, FlushSlot
 from xenlab.grading.page_types_slot import MAX_ANSWERS, PageTypesSlot, Question
 from xenlab.hypervisor.auditor import Violation
@@ -34,7 +35,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY, SCHEDULER = "flush_policy", "scheduler"
+FLUSH_POLICY, EVENT_BITS, SCHEDULER = "flush_policy", "event_bits", "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +43,25 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, SCHEDULER, or empty if the answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, SCHEDULER, or empty for an exercise
+            whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
-        scenarios: of the guests that run with others, by name; see `balloons` and `schedules`.
+        scenarios: of the guests that run with others, by name; see `balloons`, `event_slot` and `schedules`.
         rules: of the `FlushClock`.
     """
 
     kind: str
     names: tuple[str, ...]
     number: int = 0
-    scenarios: Mapping[str, balloons.Scenario] = field(default_factory=dict)
+    scenarios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rules: tuple[int, ...] = ()
 
     @property
     def most_decisions(self) -> int:
         """How often the part may be asked by one guest."""
-        return {PAGE_TYPES: MAX_ANSWERS, SCHEDULER: schedules.MAX_PICKS}.get(self.kind, MAX_DECISIONS)
+        most = {PAGE_TYPES: MAX_ANSWERS, EVENT_BITS: MAX_QUESTIONS, SCHEDULER: schedules.MAX_PICKS}
+        return most.get(self.kind, MAX_DECISIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Run:
         asked: what a balloon policy was asked, and what it answered.
         flushes: what a flush policy was asked, and answered.
         scheduled: what a scheduler was told and asked, and answered.
+        event_questions: what event bits were asked, and answered.
     """
 
     xen: Hypervisor
@@ -102,6 +106,7 @@ class Run:
     asked: Sequence[balloons.Asked] = ()
     flushes: Sequence[Asked] = ()
     scheduled: Sequence[schedules.Call] = ()
+    event_questions: Sequence[EventQuestion] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -167,6 +172,11 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
     if slot.kind == SCHEDULER:
         dealt = schedules.play(image, slot.scenarios[image.name], sink, part)
         return Run(dealt.xen, dealt.xen.domains[0], [], dealt.problem, scheduled=dealt.log)
+    if slot.kind == EVENT_BITS:
+        raced = race(image, slot.scenarios[image.name], sink, part, budget)
+        assert raced.xen.trace is not None
+        domain, events = raced.xen.domains[0], raced.xen.trace.events()
+        return Run(raced.xen, domain, events, raced.problem, event_questions=raced.questions)
     trace = Trace()
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
@@ -202,6 +212,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 __all__ = [
     "BALLOON",
     "EMULATOR",
+    "EVENT_BITS",
     "FLUSH_POLICY",
     "HYPERCALL",
     "PAGE_TYPES",

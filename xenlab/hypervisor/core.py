@@ -19,6 +19,7 @@ events pending is made to enter its callback (`events`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from xenlab.abi.numbers import HYPERCALL_VECTOR, Errno, Shutdown
@@ -31,7 +32,7 @@ from xenlab.hypervisor.clocks import Clocks
 from xenlab.hypervisor.descriptor_tables import DescriptorTables
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.emulate import Emulator, PrivilegedInstructions
-from xenlab.hypervisor.events import EventChannels
+from xenlab.hypervisor.event_bits import EventBits, event_channels
 from xenlab.hypervisor.exceptions import Exceptions
 from xenlab.hypervisor.frames import TSS_FRAME, FrameTable
 from xenlab.hypervisor.guest_memory import GuestMemory
@@ -44,7 +45,6 @@ from xenlab.hypervisor.page_tables import PageTables
 from xenlab.hypervisor.page_types import FrameTypes, PageTypes
 from xenlab.hypervisor.parts import wrong
 from xenlab.hypervisor.preemption import Allowance, Continuation
-from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.reservations import Reservations
 from xenlab.hypervisor.result import RunResult as RunResult
 from xenlab.hypervisor.result import Stop as Stop
@@ -56,7 +56,6 @@ from xenlab.hypervisor.tlb import SWITCH, FlushIfStale, FlushPolicy, Tlb
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind, Trace
 from xenlab.hypervisor.traps import KERNEL_RING, TrapDelivery
 from xenlab.hypervisor.vcpu_op import VcpuOps
-from xenlab.machine.gates import Passage
 from xenlab.machine.machine import Machine
 from xenlab.machine.memory import PAGE_SHIFT
 
@@ -77,6 +76,7 @@ class Hypervisor:
         alarms: the two alarm timers of each vCPU; ours if not given.
         page_types: types and counts of frames; ours on the frame table if not given.
         flush_policy: when a frame that changes its use needs the TLB emptied; only if it must be, if not given.
+        event_bits: what becomes of an event's bits; Xen's rules, on the page itself, if not given.
         trace: where events are recorded; None for no recording.
 
     Attributes:
@@ -109,6 +109,7 @@ class Hypervisor:
         alarms: Alarms | None = None,
         page_types: PageTypes | None = None,
         flush_policy: FlushPolicy | None = None,
+        event_bits: EventBits | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.machine = machine or Machine()
@@ -125,7 +126,7 @@ class Hypervisor:
         self._handlers = self.hypercalls.handlers
         self._make_memory(page_types, flush_policy)
         self.services = Services(self)
-        self.events = EventChannels(self)
+        self.events = event_channels(self, event_bits)
         self._upcall, self._bytes = self.events.upcall, self.memory.bytes
         self.clocks, self.timers, self.vcpu_ops = Clocks(self), Timers(self, alarms), VcpuOps(self)
         self.exceptions = Exceptions(self)
@@ -145,7 +146,7 @@ class Hypervisor:
         """The mechanisms of paper 3.3.3 and 3.3.4, each in a file of its own."""
         self.frames = FrameTable(self.memory)
         self.page_types = page_types or FrameTypes(self.frames)
-        self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), self._record_flush)
+        self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), partial(self._record_here, Kind.FLUSH))
         self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
         self.descriptor_tables = DescriptorTables(self)
         self.page_tables = self.reservations.tables = PageTables(
@@ -156,7 +157,7 @@ class Hypervisor:
             self.descriptor_tables.check_frame,
             self.reservations.release,
             self.allowance,
-            self._record_refused,
+            partial(self._record_here, Kind.REFUSED),
         )
         self.shared_pages = SharedPages(self.memory, self.frames)
         self.mmu = Mmu(self)
@@ -165,11 +166,8 @@ class Hypervisor:
     def _forget_code(self, mfn: int) -> None:
         self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
 
-    def _record_flush(self, reason: str, address: int) -> None:
-        self.record(Kind.FLUSH, self.current.domid if self.current else NO_DOMAIN, reason, address)
-
-    def _record_refused(self, table: int, index: int, entry: int, errno: int) -> None:
-        self.record(Kind.REFUSED, self.current.domid if self.current else NO_DOMAIN, table, index, entry, errno)
+    def _record_here(self, kind: Kind, *values: Any) -> None:
+        self.record(kind, self.current.domid if self.current else NO_DOMAIN, *values)
 
     @property
     def trace(self) -> Trace | None:
@@ -180,10 +178,8 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
-        self.cpu.gates.watcher = self._record_gate if trace is not None else None
-
-    def _record_gate(self, vector: int, passage: Passage) -> None:
-        self.record(Kind.GATE, self.current.domid if self.current else NO_DOMAIN, vector, *passage)
+        watcher = lambda vector, passage: self._record_here(Kind.GATE, vector, *passage)  # noqa: E731
+        self.cpu.gates.watcher = watcher if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -202,7 +198,7 @@ class Hypervisor:
             due = self.inputs.next_time()
             until = end if due is None else min(end, due)
             if self.current is not None:
-                self.cpu.run_until(until)
+                self.exceptions.breakpoints.advance(until)
             elif self.timers.due < NEVER:
                 # All sleep, and somebody has set an alarm: nothing happens until then.
                 self.cpu.instructions = min(until, self.timers.due)
@@ -343,6 +339,8 @@ class Hypervisor:
             self.slice_end = end
             if chosen is not before:
                 self.cpu.load(chosen.state)
+                if chosen.watched:
+                    self.cpu.stop()
                 self.tlb.counts[SWITCH] += 1
         self.pick_needed = False
         self.current = chosen
@@ -376,9 +374,7 @@ class Hypervisor:
 
     def crash(self, vcpu: Vcpu, reason: str) -> None:
         """End the domain of ``vcpu`` for a fault of its own, with a report."""
-        self.record(Kind.CRASH, vcpu.domain.domid, reason)
-        vcpu.domain.report = crash_report(self, vcpu, reason)
-        self.shut_down(vcpu.domain, Shutdown.CRASH)
+        lifecycle.crash(self, vcpu, reason)
 
     def forget_caches(self) -> None:
         """Empty what the CPU caches of the guests' memory: what a machine that was put back does not have."""

@@ -26,7 +26,7 @@ VCPUS_PER_DOMAIN = 32
 CONSOLE_BYTES = 1 << 20
 VCPU_INFO_BYTES = 64  # struct vcpu_info in xen.h
 TICK_INSTRUCTIONS = 1_000_000  # ten milliseconds
-# Control and debug registers as the guest sees them at its start.
+# Control and debug registers as the guest sees them at its start; of CR4 its own bits.
 INITIAL_CONTROL = {"cr0": 0x8005_0033, "cr2": 0, "cr4": 0x0}
 INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr7": 0x400}
 
@@ -75,6 +75,21 @@ class Port:
     virq: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class IoRights:
+    """What a vCPU may do with I/O ports (`port_io`).
+
+    Attributes:
+        level: the outermost ring that may use them all.
+        bitmap: linear address of a bit for each port, 0 where any ring may use it.
+        ports: how many ports the bitmap has.
+    """
+
+    level: int = 0
+    bitmap: int = 0
+    ports: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Vcpu:
     """A virtual CPU.
@@ -88,7 +103,10 @@ class Vcpu:
         polling: the port that it sleeps for (`events.poll`), -1 for any, 0 for none.
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
+        io: which I/O ports it may use.
+        shown_level: its I/O privilege level as its kernel sees it in frames: bits of EFLAGS.
         run_state: see `RunState`.
+        watched: whether it has a breakpoint on (`breakpoints`).
         fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
@@ -116,8 +134,11 @@ class Vcpu:
     kernel_ss: int = 0
     kernel_esp: int = 0
     control: dict[str, int] = field(default_factory=lambda: INITIAL_CONTROL | INITIAL_DEBUG)
+    io: IoRights = IoRights()
+    shown_level: int = 0
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
+    watched: bool = False
     fetch_faults: tuple[int, int] = (-1, 0)
     opened_at: int = -1
     gdt: tuple[int, ...] = ()
@@ -161,6 +182,8 @@ class Vcpu:
             "events": (self.event_callback, self.polling),
             "kernel_stack": (self.kernel_ss, self.kernel_esp),
             "control": dict(self.control),
+            "watched": self.watched,
+            "io": (self.io, self.shown_level),
             "run_state": (self.run_state, self.paused_from),
             "fetch_faults": self.fetch_faults,
             "opened_at": self.opened_at,
@@ -179,6 +202,8 @@ class Vcpu:
         self.event_callback, self.polling = saved["events"]
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
+        self.watched = saved["watched"]
+        self.io, self.shown_level = saved["io"]
         self.run_state, self.paused_from = saved["run_state"]
         self.fetch_faults, self.opened_at = saved["fetch_faults"], saved["opened_at"]
         self.gdt, self.ldt, self.user_base = saved["tables"]
@@ -208,6 +233,10 @@ class Domain:
         store_mfn: frame of the page that it shares with those tools, 0 for none.
         writable_tables: whether its stores to page tables are carried out (`writable_tables`).
         privileged: whether it may use the control interface.
+        assists: helps for ported kernels that are on: a set of bits by `VmAssistType`.
+        latches: what it last wrote to ports 0x70 and 0xcf8.
+        shutdown_code: why it will have ended, if it has said so before (`SchedOp.SHUTDOWN_CODE`).
+        watchdogs: which of its watchdogs are set: a set of bits.
         vcpus: its virtual CPUs.
         ports: its event channels that are in use, by port.
         console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
@@ -232,6 +261,10 @@ class Domain:
     store_mfn: int = 0
     writable_tables: bool = False
     privileged: bool = False
+    assists: int = 0
+    latches: tuple[int, int] = (0, 0)
+    shutdown_code: Shutdown | None = None
+    watchdogs: int = 0
     vcpus: list[Vcpu] = field(default_factory=list)
     ports: dict[int, Port] = field(default_factory=dict)
     console_out: bytearray = field(default_factory=bytearray)
@@ -271,6 +304,7 @@ class Domain:
         return {
             "memory": (self.pages, self.most_pages, self.least_pages, self.writable_tables),
             "ports": dict(self.ports),
+            "services": (self.assists, self.latches, self.shutdown_code, self.watchdogs),
             "console": (bytes(self.console_out), bytes(self.console_in), self.console_lost),
             "end": (self.shutdown, self.report),
             "vcpus": [vcpu.snapshot() for vcpu in self.vcpus],
@@ -280,6 +314,7 @@ class Domain:
         """Take over what `snapshot` gave."""
         self.pages, self.most_pages, self.least_pages, self.writable_tables = saved["memory"]
         self.ports = dict(saved["ports"])
+        self.assists, self.latches, self.shutdown_code, self.watchdogs = saved["services"]
         out, typed, self.console_lost = saved["console"]
         self.console_out, self.console_in = bytearray(out), bytearray(typed)
         self.shutdown, self.report = saved["end"]

@@ -5,9 +5,9 @@ They fault, and the hypervisor either does for the guest what the instruction wa
 do, on the guest's virtual registers, or hands the fault to the guest.
 
 Which are carried out is what Xen carries out for paravirtualized kernels: CLTS, WBINVD, moves
-to and from control and debug registers, RDMSR, WRMSR, RDTSC, and CLI and STI where the guest
-has I/O privilege.  Everything else (HLT, LGDT, LIDT, LMSW, INVLPG, IN, OUT ...) is #GP to the
-guest, whose port to Xen replaced it by a hypercall.
+to and from control and debug registers (`debug_registers`), RDMSR and WRMSR (`model_registers`), RDTSC, and CLI
+and STI where the guest has I/O privilege; instructions for ports stand in `port_io`.  Everything else (HLT, LGDT,
+LIDT, LMSW, INVLPG, INVD, RDPMC ...) is #GP to the guest, whose port to Xen replaced it by a hypercall.
 
 The invariant: an emulated instruction changes only the guest's own virtual state, and one
 that asks for something the guest may not have changes nothing.  What breaks without it: a
@@ -21,17 +21,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
+from xenlab.abi.numbers import Errno
 from xenlab.errors import HypercallError, XenlabError
-from xenlab.hypervisor.domain import Vcpu
+from xenlab.hypervisor.debug_registers import register_name, written
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Vcpu
+from xenlab.hypervisor.model_registers import read_register, write_register
 from xenlab.hypervisor.parts import is_mapping, wrong
+from xenlab.hypervisor.physdev import level_for
+from xenlab.machine.paging import PAE
+from xenlab.machine.vectors import INVALID_OPCODE
 
 Values = Mapping[str, int]
 
 GENERAL = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 CR0_TS = 0x8
-# CR4 bits that a guest may ask for; asking changes nothing on the machine.
-CR4_ALLOWED = 0x4 | 0x80 | 0x200 | 0x400
-MSR_EFER, EFER_NXE = 0xC000_0080, 0x800
+# CR4 bits that are the guest's own: whether applications may read the time stamp, and debug extensions.  The others
+# that it sees are the machine's, FXSAVE, exceptions of SSE and PAE, and a write of them has no effect.
+CR4_TIME_FOR_KERNELS = 0x4
+CR4_OWN = CR4_TIME_FOR_KERNELS | 0x8
+CR4_MACHINE, CR4_PAE = 0x600, 0x20
 _LOCK, _OPERAND_SIZE, _SEGMENT_PREFIXES = 0xF0, 0x66, (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65)
 
 
@@ -44,14 +52,17 @@ class Emulator(Protocol):
         Args:
             code: up to 15 bytes, beginning with the instruction.
             registers: the eight general registers, ``eip`` and ``eflags``.
-            system: ``ring`` (1 kernel, 3 application), ``iopl``, ``tsc`` (64 bits), and the
-                virtual ``cr0 cr2 cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7``.
+            system: ``ring`` (1 kernel, 3 application), ``iopl`` (the outermost ring with I/O privilege), ``tsc``
+                (64 bits), ``vcpu`` (its number in the domain), ``machine_cr4`` (bits that are set in CR4 whatever
+                the guest does), and the virtual ``cr0 cr2 cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7``.
 
         Returns:
             What changes, by name, among registers and virtual control and debug registers,
             with ``eip`` behind the instruction; or None to hand #GP to the guest.  A change of
             ``cr3`` loads that base pointer, as the hypercall for it does; where the hypercall
-            would refuse, nothing changes, and the guest is handed #GP.
+            would refuse, nothing changes, and the guest is handed #GP.  Two names are orders: the
+            value of ``hypercall_page`` is the machine address of a page to be filled with the stubs, and that of
+            ``exception`` the vector to hand to the guest instead of #GP, with nothing else changed.
         """
         ...
 
@@ -76,7 +87,7 @@ class PrivilegedInstructions:
 
 
 def carry_out(
-    emulator: Emulator, vcpu: Vcpu, code: bytes, now: int, load_base: Callable[[Vcpu, int], None]
+    emulator: Emulator, vcpu: Vcpu, code: bytes, now: int, orders: Mapping[str, Callable[[Vcpu, int], None]]
 ) -> Values | None:
     """Let ``emulator`` decide about the instruction at EIP and do what it says; None where it or we refuse.
 
@@ -85,18 +96,23 @@ def carry_out(
         vcpu: whose instruction.
         code: what stands at EIP.
         now: the time stamp.
-        load_base: loads a new value of CR3, or raises HypercallError.
+        orders: does what a change of ``cr3`` or ``hypercall_page`` means, or raises HypercallError.
     """
     state = vcpu.state
     registers = {name: getattr(state, name) for name in (*GENERAL, "eip", "eflags")}
-    system = vcpu.control | {"ring": state.cpl, "iopl": 0, "tsc": now, "cr3": state.cr3}
-    changes = decide(emulator, code, registers, system, (*registers, *vcpu.control, "cr3"))
-    # First of all, since it is the one change that can fail.
-    if changes and "cr3" in changes:
-        try:
-            load_base(vcpu, changes["cr3"] & 0xFFFF_FFFF)
-        except HypercallError:
-            return None
+    system = vcpu.control | {"ring": state.cpl, "iopl": level_for(vcpu), "tsc": now, "cr3": state.cr3}
+    system["vcpu"] = vcpu.key % VCPUS_PER_DOMAIN
+    system["machine_cr4"] = CR4_MACHINE | (CR4_PAE if state.mode is PAE else 0)
+    changes = decide(emulator, code, registers, system, (*registers, *vcpu.control, "exception", *orders))
+    if changes and "exception" in changes:
+        return {"exception": changes["exception"]}
+    # First of all, since these are the changes that can fail.
+    for name in orders:
+        if changes and name in changes:
+            try:
+                orders[name](vcpu, changes[name] & 0xFFFF_FFFF)
+            except HypercallError:
+                return None
     for name, value in (changes or {}).items():
         if name in registers:
             setattr(state, name, value & 0xFFFF_FFFF)
@@ -156,8 +172,10 @@ def _nothing(_operand: int, _registers: Values, _system: Values) -> Values:
 
 
 def _read_control(operand: int, _registers: Values, system: Values) -> Values | None:
-    value = system.get(f"cr{operand >> 3 & 7}")
-    return None if value is None else {GENERAL[operand & 7]: value}
+    name = f"cr{operand >> 3 & 7}"
+    if name not in system:
+        return None
+    return {GENERAL[operand & 7]: system[name] | (system["machine_cr4"] if name == "cr4" else 0)}
 
 
 def _write_control(operand: int, registers: Values, system: Values) -> Values | None:
@@ -170,39 +188,41 @@ def _write_control(operand: int, registers: Values, system: Values) -> Values | 
     if name == "cr3":
         return {"cr3": value}
     if name == "cr4":
-        return {"cr4": value} if value & ~CR4_ALLOWED == 0 else None
+        return {"cr4": value & CR4_OWN}
     return None
 
 
-def _read_debug(operand: int, _registers: Values, system: Values) -> Values | None:
-    value = system.get(_debug_name(operand))
-    return None if value is None else {GENERAL[operand & 7]: value}
+def _read_debug(operand: int, _registers: Values, system: Values) -> Values:
+    try:
+        return {GENERAL[operand & 7]: system[register_name(system, operand >> 3 & 7)]}
+    except HypercallError:
+        return {"exception": INVALID_OPCODE}
 
 
-def _write_debug(operand: int, registers: Values, _system: Values) -> Values | None:
-    name, value = _debug_name(operand), registers[GENERAL[operand & 7]]
-    if name == "dr7":
-        # No hardware breakpoints: a value that would arm one is refused.
-        return {"dr7": 0x400} if value & 0xFF == 0 else None
-    return {"dr6": value & 0xE00F | 0xFFFF_0FF0} if name == "dr6" else {name: value}
+def _write_debug(operand: int, registers: Values, system: Values) -> Values | None:
+    try:
+        return written(system, operand >> 3 & 7, registers[GENERAL[operand & 7]])
+    except HypercallError as refusal:
+        return {"exception": INVALID_OPCODE} if refusal.errno == Errno.ENODEV else None
 
 
-def _debug_name(operand: int) -> str:
-    number = operand >> 3 & 7
-    return f"dr{number + 2 if number in (4, 5) else number}"
+def _read_tsc(_operand: int, _registers: Values, system: Values) -> Values | None:
+    if system["ring"] == 3 and system["cr4"] & CR4_TIME_FOR_KERNELS:
+        return None
+    return _halves(system["tsc"])
 
 
-def _read_tsc(_operand: int, _registers: Values, system: Values) -> Values:
-    return {"eax": system["tsc"] & 0xFFFF_FFFF, "edx": system["tsc"] >> 32 & 0xFFFF_FFFF}
-
-
-def _read_msr(_operand: int, registers: Values, _system: Values) -> Values | None:
-    return {"eax": EFER_NXE, "edx": 0} if registers["ecx"] == MSR_EFER else None
+def _read_msr(_operand: int, registers: Values, system: Values) -> Values | None:
+    value = read_register(registers["ecx"], system)
+    return None if value is None else _halves(value)
 
 
 def _write_msr(_operand: int, registers: Values, _system: Values) -> Values | None:
-    unchanged = registers["ecx"] == MSR_EFER and registers["eax"] == EFER_NXE and registers["edx"] == 0
-    return {} if unchanged else None
+    return write_register(registers["ecx"], registers["edx"] << 32 | registers["eax"])
+
+
+def _halves(value: int) -> Values:
+    return {"eax": value & 0xFFFF_FFFF, "edx": value >> 32 & 0xFFFF_FFFF}
 
 
 _HANDLERS: dict[int, Callable[[int, Values, Values], Values | None]] = {

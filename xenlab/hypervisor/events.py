@@ -31,8 +31,6 @@ from typing import TYPE_CHECKING
 from xenlab.abi.numbers import (
     DOMID_SELF,
     VIRQS,
-    CallbackOp,
-    CallbackType,
     Errno,
     EvtchnOp,
     EvtchnStatus,
@@ -41,9 +39,8 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.descriptors import checked_selector
-from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Gate, Port, Vcpu
-from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Port, Vcpu
+from xenlab.hypervisor.trace import NO_DOMAIN, Kind
 from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.vectors import SOFTWARE
@@ -54,15 +51,17 @@ if TYPE_CHECKING:
 PORTS = 1024
 ANY_PORT = -1
 _PENDING = SharedInfo.evtchn_pending.offset >> 2
-_MASK_BEHIND = SharedInfo.evtchn_mask.offset - SharedInfo.evtchn_pending.offset >> 2
+MASK_BEHIND = SharedInfo.evtchn_mask.offset - SharedInfo.evtchn_pending.offset >> 2
 _UPCALL_MASK, _SELECTOR = VcpuInfo.evtchn_upcall_mask.offset, VcpuInfo.evtchn_pending_sel.offset
 _MOST_POLLED = 128
 _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
 _OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
 # Enum members as plain names: looking one up on its class costs more than what is done with it.
-_UPCALL, _SEND = int(Kind.UPCALL), int(EvtchnOp.SEND)
+_UPCALL, _EVENT, _SEND = int(Kind.UPCALL), int(Kind.EVENT), int(EvtchnOp.SEND)
 _VIRQ, _INTERDOMAIN, _IPI = EvtchnStatus.VIRQ, EvtchnStatus.INTERDOMAIN, EvtchnStatus.IPI
+# Where an event stopped: at a bit that was 1 already, at the port's mask, or not before the upcall was pending.
+AT_PENDING, AT_MASK, AT_SELECTOR, AT_UPCALL, THROUGH = "pending", "mask", "selector", "upcall", ""
 # What an operation gives back: the last words of its argument, as they are written to the guest.
 _Answer = tuple[int, ...]
 
@@ -74,8 +73,7 @@ class EventChannels:
         self._xen, self._guest, self._traps = xen, xen.guest_memory, xen.traps
         self._bytes, self._words, self._cpu = xen.memory.bytes, xen.memory.words, xen.cpu
         xen.hypercalls.register(Hypercall.event_channel_op, self.event_channel_op)
-        xen.hypercalls.register(Hypercall.set_callbacks, self.set_callbacks)
-        xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
+        xen.hypercalls.register(Hypercall.event_channel_op_compat, self.event_channel_op_compat)
 
     # The upcall.
 
@@ -99,41 +97,23 @@ class EventChannels:
         """Whether events are pending for ``vcpu`` and not masked."""
         return bool(self._bytes[vcpu.info]) and not self._bytes[vcpu.info + _UPCALL_MASK]
 
-    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, *_: int) -> int:
-        """Register the event callback, and one for a return that fails, which is never called here.
-
-        The hypervisor restores no segment register that a guest could have spoilt meanwhile.
-        """
-        vcpu.event_callback = _callback(event_cs, event_eip)
-        return 0
-
-    def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Register or unregister one callback; those for events and failed returns can only be replaced."""
-        if command not in (CallbackOp.REGISTER, CallbackOp.UNREGISTER):
-            raise HypercallError(Errno.ENOSYS)
-        kind = self._guest.read_word(vcpu, address) & 0xFFFF
-        if kind not in (CallbackType.EVENT, CallbackType.FAILSAFE):
-            raise HypercallError(Errno.ENOSYS)
-        if command == CallbackOp.UNREGISTER:
-            raise HypercallError(Errno.EINVAL)
-        _type, cs, eip = self._guest.read_words(vcpu, address, 3)
-        if kind == CallbackType.EVENT:
-            vcpu.event_callback = _callback(cs, eip)
-        return 0
-
     # The bits.
 
-    def set_pending(self, domain: Domain, port: int) -> None:
-        """An event for ``domain`` at ``port``, which is in use."""
+    def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
+        """An event for ``domain`` at ``port``, which is in use, from the domain ``sender`` or from the hypervisor."""
         # `_place`, spelled out: this is done for every event.
         words, bit = self._words, 1 << (port & 31)
         at = (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5)
-        pending = words[at]
-        if pending & bit:
-            return
-        words[at] = pending | bit
-        if not words[at + _MASK_BEHIND] & bit:
-            self._select(domain, port)
+        pending, stopped = words[at], AT_PENDING
+        if not pending & bit:
+            words[at] = pending | bit
+            stopped = AT_MASK if words[at + MASK_BEHIND] & bit else self._select(domain, port)
+            self._wake_pollers(domain, port)
+        record = self._xen.recorder
+        if record is not None:
+            record((self._cpu.instructions, _EVENT, domain.domid, port, sender, stopped))
+
+    def _wake_pollers(self, domain: Domain, port: int) -> None:
         for vcpu in domain.vcpus:
             if vcpu.polling and vcpu.polling in (ANY_PORT, port):
                 self._wake(vcpu)
@@ -142,16 +122,18 @@ class EventChannels:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
         return (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5), 1 << (port & 31)
 
-    def _select(self, domain: Domain, port: int) -> None:
+    def _select(self, domain: Domain, port: int) -> str:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         at, bit = vcpu.info + _SELECTOR >> 2, 1 << (port >> 5)
         selected = self._words[at]
         if selected & bit:
-            return
+            return AT_SELECTOR
         self._words[at] = selected | bit
-        if not self._bytes[vcpu.info] & 1:
-            self._bytes[vcpu.info] |= 1
-            self._wake(vcpu)
+        if self._bytes[vcpu.info] & 1:
+            return AT_UPCALL
+        self._bytes[vcpu.info] |= 1
+        self._wake(vcpu)
+        return THROUGH
 
     def _wake(self, vcpu: Vcpu) -> None:
         vcpu.polling = 0
@@ -160,9 +142,13 @@ class EventChannels:
     def block(self, vcpu: Vcpu) -> None:
         """Unmask upcalls and sleep, unless one is due."""
         self._traps.set_event_mask(vcpu, 0)
-        if not self.due(vcpu):
+        if self.may_sleep(vcpu):
             vcpu.polling = 0
             self._xen.block(vcpu)
+
+    def may_sleep(self, vcpu: Vcpu) -> bool:
+        """Whether there is nothing to wait for, with upcalls unmasked."""
+        return not self.due(vcpu)
 
     def poll(self, vcpu: Vcpu, address: int) -> None:
         """Sleep until an event comes at one of the ports of a ``sched_poll``, masked or not, or until its time."""
@@ -213,13 +199,22 @@ class EventChannels:
             self._guest.write_words(vcpu, address + 4 * (count - len(answer)), answer)
         return 0
 
+    def event_channel_op_compat(self, vcpu: Vcpu, address: int, *_: int) -> int:
+        """As it was before Xen 3.2: the command is the first word of the argument."""
+        return self.event_channel_op(vcpu, self._guest.read_word(vcpu, address), address + 4)
+
     def _alloc_unbound(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """A port that the domain in the upper half of the first word may bind to."""
         domain, remote = self._domain(vcpu, words[0] & 0xFFFF), words[0] >> 16
-        port = _free_port(domain)
+        _free_port(domain)
         _check_control(vcpu, domain)
-        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=vcpu.domid if remote == DOMID_SELF else remote)
-        return (port,)
+        return (self.new_unbound(domain, vcpu.domid if remote == DOMID_SELF else remote),)
+
+    def new_unbound(self, domain: Domain, remote: int) -> int:
+        """A new port of ``domain`` that the domain ``remote`` may bind to."""
+        port = _free_port(domain)
+        domain.ports[port] = Port(EvtchnStatus.UNBOUND, remote=remote)
+        return port
 
     def _bind_interdomain(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Connect a new port with one that the other domain has left unbound for this one."""
@@ -231,7 +226,7 @@ class EventChannels:
         domain.ports[ours] = Port(EvtchnStatus.INTERDOMAIN, remote=remote.domid, remote_port=theirs)
         remote.ports[theirs] = Port(EvtchnStatus.INTERDOMAIN, found.vcpu, domain.domid, ours)
         # What the other domain has sent before is not known any more, so something may have been.
-        self.set_pending(domain, ours)
+        self.set_pending(domain, ours, domain.domid)
         return (ours,)
 
     def _bind_virq(self, vcpu: Vcpu, words: _Answer) -> _Answer:
@@ -283,9 +278,9 @@ class EventChannels:
         if found is None or found.status is _VIRQ:
             raise HypercallError(Errno.EINVAL)
         if found.status is _INTERDOMAIN:
-            self.set_pending(self._xen.domains[found.remote], found.remote_port)
+            self.set_pending(self._xen.domains[found.remote], found.remote_port, domain.domid)
         elif found.status is _IPI:
-            self.set_pending(domain, port)
+            self.set_pending(domain, port, domain.domid)
 
     def _status(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         domain = self._domain(vcpu, words[0] & 0xFFFF)
@@ -303,12 +298,16 @@ class EventChannels:
         """Clear a port's mask, and let an event that came meanwhile go on from there."""
         domain, port = vcpu.domain, _checked(words[0])
         if port in domain.ports:
-            at, bit = self._place(domain, port)
-            was_masked = self._words[at + _MASK_BEHIND] & bit
-            self._words[at + _MASK_BEHIND] &= ~bit
-            if was_masked and self._words[at] & bit:
-                self._select(domain, port)
+            self.clear_mask(domain, port)
         return ()
+
+    def clear_mask(self, domain: Domain, port: int) -> None:
+        """The bits of `_unmask`."""
+        at, bit = self._place(domain, port)
+        was_masked = self._words[at + MASK_BEHIND] & bit
+        self._words[at + MASK_BEHIND] &= ~bit
+        if was_masked and self._words[at] & bit:
+            self._select(domain, port)
 
     def _bind_vcpu(self, vcpu: Vcpu, words: _Answer) -> _Answer:
         """Choose which vCPU a port's events go to; neither its own timer nor its own signals can be sent elsewhere."""
@@ -326,10 +325,6 @@ class EventChannels:
         if found is None:
             raise HypercallError(Errno.ESRCH)
         return found
-
-
-def _callback(cs: int, eip: int) -> Gate:
-    return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
 
 
 def _checked(port: int) -> int:

@@ -5,7 +5,8 @@ An exception that is not a hypercall is one of these, in this order of asking:
 * a store to a page table, which is carried out under supervision (`writable_tables`);
 * the CPU's own look into a page of the LDT that it has not been shown yet (`descriptor_tables`);
 * a touch of the hypervisor's range, which is a limit violation to the guest;
-* a privileged instruction, which is emulated (`emulate`);
+* a privileged instruction, which is emulated (`emulate`, `port_io`), or CPUID behind a prefix that asks for it
+  (`virtual_cpuid`);
 * the guest's own affair: it goes to the handler that the guest registered (`traps`), and if there is none, or it
   cannot be entered, the guest is ended with a report.
 
@@ -17,17 +18,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xenlab.abi.numbers import Hypercall
+from xenlab.abi.numbers import Errno, Hypercall
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.breakpoints import Breakpoints
+from xenlab.hypervisor.debug_registers import SINGLE_STEP
 from xenlab.hypervisor.domain import Vcpu
-from xenlab.hypervisor.emulate import carry_out
+from xenlab.hypervisor.emulate import Values, carry_out
+from xenlab.hypervisor.hypercalls import hypercall_page
 from xenlab.hypervisor.layout import LDT_BASE
+from xenlab.hypervisor.page_entries import Use
+from xenlab.hypervisor.page_types import REFUSED
+from xenlab.hypervisor.port_io import Faulted, carry_out_port
 from xenlab.hypervisor.preemption import Preempted
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable
+from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
 from xenlab.hypervisor.writable_tables import WritableTables
 from xenlab.machine.memory import PAGE_SHIFT
-from xenlab.machine.state import CR0_TS
-from xenlab.machine.vectors import DEBUG, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.machine.state import CR0_TS, TF
+from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -37,7 +46,9 @@ _LONGEST_INSTRUCTION = 15
 # So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
 _TRIPLE = 3
 _USER_ACCESS = 4  # in a page fault's error code
-_SINGLE_STEP = 0x4000  # in DR6
+_USER_RING = 3
+_READ_COUNTER = b"\x0f\x33"  # RDPMC
+_DONE = -1  # in place of a vector: nothing is left to hand to the guest
 _TRAP, _DELIVER = int(Kind.TRAP), int(Kind.DELIVER)
 
 
@@ -46,6 +57,8 @@ class Exceptions:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._traps, self._cpu = xen, xen.traps, xen.cpu
+        self.breakpoints = Breakpoints(xen)
+        self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
         self._open = WritableTables(xen, self._refused_store).open
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
 
@@ -66,14 +79,26 @@ class Exceptions:
             record((now, _TRAP, vcpu.domid, vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3))
         if error == SOFTWARE:
             vector, error = self._traps.software_interrupt(vcpu, vector)
-        elif vector == PROTECTION:
-            if error == 0 and self._emulate(vcpu):
+        elif vector != PAGE_FAULT:
+            vector, error, address = self._looked_into(vcpu, vector, error, address)
+            if vector == _DONE:
                 return
-        elif vector == NO_DEVICE:
+        self._deliver(vcpu, vector, error, address)
+
+    def _looked_into(self, vcpu: Vcpu, vector: int, error: int, address: int) -> tuple[int, int, int]:
+        """What is left for the guest of an exception that may be the hypervisor's affair: vector, error and address."""
+        if vector == PROTECTION and error == 0:
+            left = self._emulate(vcpu)
+            # As it came, if nothing was done: a touch of the hypervisor's range has an address.
+            return (vector, error, address) if left[0] == PROTECTION else left
+        if vector == INVALID_OPCODE:
+            return self._forced(vcpu)
+        if vector == NO_DEVICE:
             set_task_switched(vcpu, False)
         elif vector == DEBUG:
-            vcpu.control["dr6"] |= _SINGLE_STEP
-        self._deliver(vcpu, vector, error, address)
+            vcpu.control["dr6"] |= 0 if self.breakpoints.raised else SINGLE_STEP
+            self.breakpoints.raised = False
+        return vector, error, address
 
     def fpu_taskswitch(self, vcpu: Vcpu, on: int, *_: int) -> int:
         """Have the next floating-point instruction raise #NM, or not, as a kernel wants that switches applications."""
@@ -110,24 +135,69 @@ class Exceptions:
         while self._xen.pick_needed:
             self._xen.switch()
 
-    def _emulate(self, vcpu: Vcpu) -> bool:
+    def _emulate(self, vcpu: Vcpu) -> tuple[int, int, int]:
+        """Carry out the privileged instruction that raised #GP; what is left for the guest to handle."""
         xen = self._xen
         code, eip = xen.guest_memory.read_code(vcpu, _LONGEST_INSTRUCTION), vcpu.state.eip
+        if not code:
+            return PROTECTION, 0, 0
         try:
-            changes = carry_out(xen.emulator, vcpu, code, xen.now, self._load_base) if code else None
+            changes = carry_out(xen.emulator, vcpu, code, xen.now, self._orders)
+            if changes is None:
+                changes = carry_out_port(xen.guest_memory, vcpu, code)
         except Preempted:
-            return True  # the guest executes its instruction again, and the check of the tables goes on
-        if changes is None:
-            return False
+            return _DONE, 0, 0  # the guest executes its instruction again, and the check of the tables goes on
+        except Faulted as fault:
+            return PAGE_FAULT, fault.error, fault.address
+        if changes is None or "exception" in changes:
+            return (changes or {}).get("exception", PROTECTION), 0, 0
+        return self._carried_out(vcpu, code, eip, changes)
+
+    def _carried_out(self, vcpu: Vcpu, code: bytes, eip: int, changes: Values) -> tuple[int, int, int]:
+        """An instruction is done; what follows is single-stepping's exception, if the guest steps."""
         if "cr0" in changes:
             set_task_switched(vcpu, bool(changes["cr0"] & CR0_TS))
-        xen.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
-        return True
+        self._xen.record(Kind.EMULATE, vcpu.domid, code, eip, tuple(sorted(changes.items())))
+        if "dr7" in changes:
+            self.breakpoints.note(vcpu)
+        if vcpu.state.eflags & TF and vcpu.state.eip != eip:
+            vcpu.control["dr6"] |= SINGLE_STEP
+            return DEBUG, 0, 0
+        return _DONE, 0, 0
+
+    def _forced(self, vcpu: Vcpu) -> tuple[int, int, int]:
+        """CPUID behind the prefix that forces its emulation; what is left for the guest to handle.
+
+        The prefix is looked for wherever an opcode is invalid, and where it cannot be read that is a page fault.
+        """
+        state, eip = vcpu.state, vcpu.state.eip
+        code = self._xen.guest_memory.read_code(vcpu, len(PREFIX) + len(CPUID))
+        if code.startswith(_READ_COUNTER):
+            return PROTECTION, 0, 0  # what it is on an x86 that lets nobody but ring 0 read its counters
+        if not (PREFIX.startswith(code[: len(PREFIX)]) and CPUID.startswith(code[len(PREFIX) :])):
+            return INVALID_OPCODE, 0, 0
+        if len(code) < len(PREFIX) + len(CPUID):
+            address = state.segment("cs").base + eip + len(code) & _U32
+            return PAGE_FAULT, _USER_ACCESS if state.cpl == _USER_RING else 0, address
+        a, b, c, d = guest_cpuid(state.eax, state.ecx)
+        state.eax, state.ebx, state.ecx, state.edx = a, b, c, d
+        state.eip = eip + len(code) & _U32
+        changes = {"eax": a, "ebx": b, "ecx": c, "edx": d, "eip": state.eip}
+        return self._carried_out(vcpu, code, eip, changes)
 
     def _load_base(self, vcpu: Vcpu, cr3: int) -> None:
         """A move to CR3, in which frame numbers of more than 20 bits are turned round (xen.h, xen_cr3_to_pfn)."""
         self._xen.allowance.begin()
         self._xen.mmu.load_base(vcpu, cr3 >> PAGE_SHIFT | cr3 << 32 - PAGE_SHIFT & _U32)
+
+    def _fill_page(self, vcpu: Vcpu, address: int) -> None:
+        """A page of the guest's, which must be one that it could write, gets the stubs for hypercalls."""
+        types, mfn = self._xen.page_tables.types, address >> PAGE_SHIFT
+        if self._xen.frames.owner_of(mfn) != vcpu.domid or types.take(mfn, Use.WRITE) == REFUSED:
+            raise HypercallError(Errno.EINVAL)
+        self._xen.memory.write(mfn << PAGE_SHIFT, hypercall_page())
+        types.drop(mfn, Use.WRITE)
+        self._cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
 
 
 def set_task_switched(vcpu: Vcpu, on: bool) -> None:

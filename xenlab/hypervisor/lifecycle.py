@@ -19,6 +19,7 @@ from xenlab.hypervisor.accounting import change_places, settle
 from xenlab.hypervisor.domain import Domain, RunState, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
 from xenlab.hypervisor.page_tables import root_use
+from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.trace import HAS, Kind
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import PagingMode
@@ -113,6 +114,13 @@ def unpause(xen: Hypervisor, domain: Domain) -> None:
                 settle(vcpu, xen.now)
                 vcpu.run_state = vcpu.paused_from
     xen.record(Kind.DOMAIN, domain.domid, "unpaused")
+
+
+def crash(xen: Hypervisor, vcpu: Vcpu, reason: str) -> None:
+    """End the domain of ``vcpu`` for a fault of its own, with a report."""
+    xen.record(Kind.CRASH, vcpu.domid, reason)
+    vcpu.domain.report = crash_report(xen, vcpu, reason)
+    shut_down(xen, vcpu.domain, Shutdown.CRASH)
 
 
 def shut_down(xen: Hypervisor, domain: Domain, reason: Shutdown) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xenlab.hypervisor.event_bits import SlottedEvents
 from xenlab.hypervisor.parts import load_part, save_part
 
 if TYPE_CHECKING:
@@ -69,4 +70,6 @@ def _parts(xen: Hypervisor) -> list[tuple[str, object]]:
         ("page_types", xen.page_types),
         ("flush_policy", xen.tlb.policy),
     ]
+    if isinstance(xen.events, SlottedEvents):
+        slots.append(("event_bits", xen.events.part))
     return slots + calls

@@ -1,11 +1,12 @@
-"""The hypercalls that need no mechanism of their own: traps, stack, console, version, scheduling.
+"""The hypercalls that need no mechanism of their own: traps, stack, console, helps, scheduling.
 
 Each function is one hypercall: it checks its arguments, and then acts.  The numbers, argument
-orders and errnos are Xen's (xen.h, sched.h, version.h).
+orders and errnos are Xen's (xen.h, sched.h).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import (
@@ -16,30 +17,33 @@ from xenlab.abi.numbers import (
     Shutdown,
     VmAssist,
     VmAssistType,
-    XenVersion,
 )
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.callbacks import Callbacks
+from xenlab.hypervisor.control_interface import ControlInterface
+from xenlab.hypervisor.debug_registers import DebugRegisters
 from xenlab.hypervisor.descriptors import checked_selector
-from xenlab.hypervisor.domain import VECTORS, Vcpu
-from xenlab.hypervisor.layout import start_of
+from xenlab.hypervisor.domain import VECTORS, Domain, Vcpu
+from xenlab.hypervisor.physdev import PhysicalDevices, show_level
+from xenlab.hypervisor.preemption import Continuation
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable, gates_from_table, set_gate
+from xenlab.hypervisor.version import Version
 from xenlab.machine.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
-XEN_MAJOR, XEN_MINOR, EXTRA_VERSION = 4, 17, b".0-xenlab"
-CAPABILITIES = b"xen-3.0-x86_32 xen-3.0-x86_32p "
-_CONSOLE_LIMIT = 16 * PAGE_SIZE
+_CONSOLE_LIMIT, _LARGEST_INT = 16 * PAGE_SIZE, 0x7FFF_FFFF
 # Of one write; the trace keeps a fixed number of events, and so a bounded number of bytes.
 _RECORDED_BYTES = 1024
 _TRAP_INFO = 8
-_FEATURES = 1 << 4 | 1 << 5 | 1 << 16  # pae_pgdir_above_4gb, mmu_pt_update_preserve_ad, not_direct_mapped
+_WATCHDOGS = 2
+_PROCESSORS = 1
 
 
 class Services:
-    """Hypercalls served by the hypervisor itself."""
+    """Hypercalls served by the hypervisor itself, those of the small files beside this one included."""
 
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._xen = hypervisor
@@ -49,9 +53,11 @@ class Services:
         table.register(Hypercall.stack_switch, self.stack_switch)
         table.register(Hypercall.iret, self.iret)
         table.register(Hypercall.console_io, self.console_io)
-        table.register(Hypercall.xen_version, self.xen_version)
         table.register(Hypercall.sched_op, self.sched_op)
+        table.register(Hypercall.sched_op_compat, self.sched_op_compat)
         table.register(Hypercall.vm_assist, self.vm_assist)
+        for more in (Version, Callbacks, PhysicalDevices, DebugRegisters, ControlInterface):
+            more(hypervisor)
 
     def set_trap_table(self, vcpu: Vcpu, address: int, *_: int) -> int:
         """Register exception handlers from an array of ``trap_info`` that ends with address 0.
@@ -101,63 +107,49 @@ class Services:
         Returns:
             0 for a write; for a read the number of bytes, which may be 0.
         """
-        # The count is a signed int of Xen's; a huge one is a negative one.
-        if count > _CONSOLE_LIMIT:
-            raise HypercallError(Errno.EINVAL)
         domain = vcpu.domain
         if command == ConsoleIo.WRITE:
-            data = self._guest.read(vcpu, address, count)
-            domain.write_console(data)
-            self._xen.record(Kind.CONSOLE, domain.domid, data[:_RECORDED_BYTES])
+            self._print(vcpu, count, address)
             return 0
-        if command == ConsoleIo.READ:
-            data = bytes(domain.console_in[:count])
-            self._guest.write(vcpu, address, data)
-            del domain.console_in[: len(data)]
-            return len(data)
-        raise HypercallError(Errno.ENOSYS)
-
-    def xen_version(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Tell the guest what it runs on."""
-        if not command:  # VERSION, the cheapest hypercall there is
-            return XEN_MAJOR << 16 | XEN_MINOR
-        if command == XenVersion.PAGESIZE:
-            return PAGE_SIZE
-        if command == XenVersion.GET_FEATURES:
-            if any(self._guest.read(vcpu, address, 8)[:4]):  # there is one word of features
-                raise HypercallError(Errno.EINVAL)
-            self._guest.write(vcpu, address + 4, _FEATURES.to_bytes(4, "little"))
-            return 0
-        answer = self._version_answer(vcpu, command)
-        if answer is None:
+        if command != ConsoleIo.READ:
             raise HypercallError(Errno.ENOSYS)
-        self._guest.write(vcpu, address, answer)
-        return 0
+        if count > _LARGEST_INT:  # it could not be told from an errno
+            raise HypercallError(Errno.E2BIG)
+        data = bytes(domain.console_in[:count])
+        self._guest.write(vcpu, address, data)
+        del domain.console_in[: len(data)]
+        return len(data)
 
-    def _version_answer(self, vcpu: Vcpu, command: int) -> bytes | None:
-        compiled = (b"xenlab".ljust(64, b"\0"), b"xenlab".ljust(16, b"\0"), bytes(32), bytes(32))
-        start = start_of(vcpu.state.mode)
-        answers: dict[int, bytes] = {
-            XenVersion.EXTRAVERSION: EXTRA_VERSION.ljust(16, b"\0"),
-            XenVersion.COMPILE_INFO: b"".join(compiled),
-            XenVersion.CAPABILITIES: CAPABILITIES.ljust(1024, b"\0"),
-            XenVersion.CHANGESET: bytes(64),
-            XenVersion.PLATFORM_PARAMETERS: start.to_bytes(4, "little"),
-            XenVersion.GUEST_HANDLE: vcpu.domain.domid.to_bytes(16, "little"),
-            XenVersion.COMMANDLINE: bytes(1024),
-        }
-        return answers.get(command)
+    def _print(self, vcpu: Vcpu, count: int, address: int) -> None:
+        """Print so many bytes; a long text page by page, up to where it cannot be read, and the rest in a call of its
+        own."""
+        part = count if count <= _CONSOLE_LIMIT else PAGE_SIZE
+        data = self._guest.read(vcpu, address, part)
+        vcpu.domain.write_console(data)
+        self._xen.record(Kind.CONSOLE, vcpu.domid, data[:_RECORDED_BYTES])
+        if part < count:
+            raise Continuation(ecx=count - part, edx=address + part)
 
     def vm_assist(self, vcpu: Vcpu, command: int, kind: int, *_: int) -> int:
-        """Switch a help for ported kernels on or off; the one that does anything here is writable page tables."""
-        if command not in (VmAssist.ENABLE, VmAssist.DISABLE) or kind not in VmAssistType._value2member_map_:
-            raise HypercallError(Errno.ENOSYS if command > VmAssist.DISABLE else Errno.EINVAL)
-        if kind == VmAssistType.WRITABLE_PAGETABLES:
-            vcpu.domain.writable_tables = command == VmAssist.ENABLE
+        """Switch a help for ported kernels on or off.
+
+        Two do something here: stores to page tables are carried out, and the I/O privilege level is where a kernel
+        looks for it (`physdev`).
+        """
+        if kind not in VmAssistType._value2member_map_:
+            raise HypercallError(Errno.EINVAL)
+        if command not in (VmAssist.ENABLE, VmAssist.DISABLE):
+            raise HypercallError(Errno.ENOSYS)
+        domain, bit = vcpu.domain, 1 << kind
+        domain.assists = domain.assists & ~bit | (bit if command == VmAssist.ENABLE else 0)
+        domain.writable_tables = bool(domain.assists & 1 << VmAssistType.WRITABLE_PAGETABLES)
+        for each in domain.vcpus:
+            show_level(each)
+            set_gate(each)
         return 0
 
     def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
-        """Yield the CPU, sleep until something happens, or end the domain."""
+        """Yield the CPU, sleep until something happens, or end a domain."""
         if command == SchedOp.YIELD:
             self._xen.reschedule()
         elif command == SchedOp.BLOCK:
@@ -165,10 +157,83 @@ class Services:
         elif command == SchedOp.POLL:
             self._xen.events.poll(vcpu, address)
         elif command == SchedOp.SHUTDOWN:
-            reason = self._guest.read_word(vcpu, address) & 0xFF
-            if reason > max(Shutdown):
-                raise HypercallError(Errno.EINVAL)
-            self._xen.shut_down(vcpu.domain, Shutdown(reason))
+            self._shut_down(vcpu.domain, self._guest.read_word(vcpu, address))
+        elif command in _SCHEDULING:
+            return _SCHEDULING[command](self, vcpu, address)
         else:
             raise HypercallError(Errno.ENOSYS)
         return 0
+
+    def sched_op_compat(self, vcpu: Vcpu, command: int, reason: int, *_: int) -> int:
+        """As it was before Xen 3.1: the reason of a shutdown stands in the register itself."""
+        if command == SchedOp.SHUTDOWN:
+            self._shut_down(vcpu.domain, reason)
+            return 0
+        if command not in (SchedOp.YIELD, SchedOp.BLOCK):
+            raise HypercallError(Errno.ENOSYS)
+        return self.sched_op(vcpu, command, 0)
+
+    def _shut_down(self, domain: Domain, reason: int) -> None:
+        code = _reason(reason)
+        self._xen.shut_down(domain, code if domain.shutdown_code is None else domain.shutdown_code)
+
+    def _remote_shutdown(self, vcpu: Vcpu, address: int) -> int:
+        """The control domain ends another."""
+        domid, reason = self._guest.read_words(vcpu, address, 2)
+        domain = self._xen.domains.get(domid & 0xFFFF)
+        if domain is None:
+            raise HypercallError(Errno.ESRCH)
+        if not vcpu.domain.privileged:
+            raise HypercallError(Errno.EPERM)
+        if not domain.ended:
+            self._shut_down(domain, reason)
+        return 0
+
+    def _shutdown_code(self, vcpu: Vcpu, address: int) -> int:
+        """Say now why the domain will have ended; the first to say so counts."""
+        reason = self._guest.read_word(vcpu, address)
+        if vcpu.domain.shutdown_code is None:
+            vcpu.domain.shutdown_code = _reason(reason)
+        return 0
+
+    def _watchdog(self, vcpu: Vcpu, address: int) -> int:
+        """Set, set again or stop one of the two watchdogs, which end the domain after so many seconds (`timers`)."""
+        number, timeout = self._guest.read_words(vcpu, address, 2)
+        domain = vcpu.domain
+        if number > _WATCHDOGS or not (number or timeout) or (number and not domain.watchdogs >> number - 1 & 1):
+            raise HypercallError(Errno.EINVAL)
+        if not number:
+            number = next((n for n in range(1, _WATCHDOGS + 1) if not domain.watchdogs >> n - 1 & 1), 0)
+            if not number:
+                raise HypercallError(Errno.ENOSPC)
+            domain.watchdogs |= 1 << number - 1
+            self._xen.timers.watch(domain.domid, number, timeout)
+            return number
+        if not timeout:
+            domain.watchdogs &= ~(1 << number - 1)
+        self._xen.timers.watch(domain.domid, number, timeout)
+        return 0
+
+    def _pin_override(self, vcpu: Vcpu, address: int) -> int:
+        """Bind the control domain's vCPU to a processor; there is one, and it runs there anyway."""
+        if not vcpu.domain.privileged:
+            raise HypercallError(Errno.EPERM)
+        processor = self._guest.read_word(vcpu, address)
+        if _PROCESSORS <= processor < 1 << 31:
+            raise HypercallError(Errno.EINVAL)
+        return 0
+
+
+def _reason(reason: int) -> Shutdown:
+    """The lowest byte of what a guest says; Xen takes any, we those that exist."""
+    if reason & 0xFF > max(Shutdown):
+        raise HypercallError(Errno.EINVAL)
+    return Shutdown(reason & 0xFF)
+
+
+_SCHEDULING: dict[int, Callable[[Services, Vcpu, int], int]] = {
+    SchedOp.REMOTE_SHUTDOWN: Services._remote_shutdown,
+    SchedOp.SHUTDOWN_CODE: Services._shutdown_code,
+    SchedOp.WATCHDOG: Services._watchdog,
+    SchedOp.PIN_OVERRIDE: Services._pin_override,
+}

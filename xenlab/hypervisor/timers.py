@@ -8,6 +8,8 @@ Each vCPU has
   runs: who was away for ten ticks finds one on return;
 * a limit for how long it sleeps in ``poll``.
 
+Each domain has two watchdogs besides, which end it if it does not set them again in time.
+
 The first two are the slot `Alarms`.  All but the last arrive as events, on `Virq.TIMER`, the one on virtual time
 on `Virq.VIRTUAL_TIMER`.
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from xenlab.abi.numbers import Hypercall, Virq
+from xenlab.abi.numbers import Hypercall, Shutdown, Virq
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.accounting import virtual_time
 from xenlab.hypervisor.alarms import REAL, VIRTUAL, AlarmClocks, Alarms
@@ -37,6 +39,7 @@ NEVER = 1 << 62
 TICK_NAME, POLL_NAME = "tick", "poll"
 # Xen's answer to times that can only be a mistake: soon, but not at once.
 _FURTHEST_NS, _INSTEAD_NS = 1 << 50, 100_000_000
+_SECOND_NS = 1_000_000_000
 _CLOCKS = {REAL: Virq.TIMER, VIRTUAL: Virq.VIRTUAL_TIMER}
 
 
@@ -55,6 +58,7 @@ class Timers:
         self._tick = NEVER
         self._alarm: int | None = None
         self._polls: dict[int, int] = {}
+        self._watchdogs: dict[tuple[int, int], int] = {}
         xen.hypercalls.register(Hypercall.set_timer_op, self.set_timer_op)
         xen.hypercalls.register(Hypercall.set_virtual_timer, self.set_virtual_timer)
 
@@ -96,6 +100,13 @@ class Timers:
             self._polls[vcpu.key] = min(to_instructions(at_ns), NEVER)
         self._changed()
 
+    def watch(self, domid: int, watchdog: int, seconds: int) -> None:
+        """End the domain after so much real time unless this is called again, with 0 for never."""
+        self._watchdogs.pop((domid, watchdog), None)
+        if seconds:
+            self._watchdogs[domid, watchdog] = self._xen.now + to_instructions(seconds * _SECOND_NS)
+        self._changed()
+
     def attend(self, vcpu: Vcpu) -> None:
         """Look at ``vcpu`` at each switch from now on: it has a timer that counts only while it runs."""
         vcpu.attended = True
@@ -106,6 +117,8 @@ class Timers:
     def forget(self, vcpu: Vcpu) -> None:
         """``vcpu`` has ended."""
         self._polls.pop(vcpu.key, None)
+        for watchdog in [watchdog for watchdog in self._watchdogs if watchdog[0] == vcpu.domid]:
+            del self._watchdogs[watchdog]
         for clock in _CLOCKS:
             self._set(vcpu, clock, None)
         self._changed()
@@ -134,6 +147,9 @@ class Timers:
         for key in [key for key, at in self._polls.items() if at <= now]:
             del self._polls[key]
             self._end_poll(self._xen.vcpus[key])
+        for domid, watchdog in [watchdog for watchdog, at in self._watchdogs.items() if at <= now]:
+            del self._watchdogs[domid, watchdog]
+            self._bite(domid)
         if self._alarm is not None and self._alarm <= now:
             for vcpu, clock in self._expired(now):
                 self._go_off(vcpu, clock, _CLOCKS[clock])
@@ -162,6 +178,11 @@ class Timers:
             vcpu.polling = 0
             self._xen.wake(vcpu)
 
+    def _bite(self, domid: int) -> None:
+        domain = self._xen.domains[domid]
+        if not domain.ended:
+            self._xen.shut_down(domain, Shutdown.WATCHDOG)
+
     def _expired(self, now: int) -> list[tuple[Vcpu, str]]:
         did = f"alarms up to instruction {now}"
         expected = f"pairs of a vCPU of {sorted(self._xen.vcpus)} and one of {', '.join(_CLOCKS)}"
@@ -180,7 +201,9 @@ class Timers:
         if following is not None and type(following) is not int:
             raise wrong(self.alarms, "asked for the next alarm", "a time in instructions, or None", following)
         self._alarm = following
-        self.due = min(NEVER if following is None else following, self._tick, *self._polls.values())
+        self.due = min(
+            NEVER if following is None else following, self._tick, *self._polls.values(), *self._watchdogs.values()
+        )
         xen = self._xen
         if xen.current is not None:
             xen.cpu.deadline = min(xen.slice_end, self.due)
@@ -195,9 +218,9 @@ class Timers:
 
     def state(self) -> Any:
         """Everything but the part's, as plain data."""
-        return self.due, self._tick, self._alarm, dict(self._polls)
+        return self.due, self._tick, self._alarm, dict(self._polls), dict(self._watchdogs)
 
     def load(self, state: Any) -> None:
         """Take over what `state` gave."""
-        self.due, self._tick, self._alarm, polls = state
-        self._polls = dict(polls)
+        self.due, self._tick, self._alarm, polls, watchdogs = state
+        self._polls, self._watchdogs = dict(polls), dict(watchdogs)

@@ -11,6 +11,7 @@ holds nothing that depends on the host.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import islice
@@ -43,6 +44,7 @@ class Kind(IntEnum):
     UPCALL = 15  # from ring, to ring, callback's eip, frame address, frame words
     TIMER = 16  # vcpu, which of its timers went off
     GATE = 17  # the same as DELIVER, of what the CPU did without the hypervisor
+    EVENT = 18  # port of the domain that it is for, who sent it (-1: the hypervisor), where it stopped (`events`)
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -64,6 +66,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.GATE: ("vector", "from_ring", "to_ring", "handler", "frame", "words"),
     Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
     Kind.TIMER: ("vcpu", "timer"),
+    Kind.EVENT: ("port", "sender", "stopped"),
 }
 
 
@@ -103,7 +106,8 @@ class Trace:
     __slots__ = ("_ring", "record")
 
     def __init__(self, capacity: int | None = DEFAULT_CAPACITY) -> None:
-        self._ring: deque[tuple[Any, ...]] = deque(maxlen=capacity)
+        # A list where nothing is ever dropped: a replay moves whole stretches of it at once.
+        self._ring: deque[tuple[Any, ...]] | list[tuple[Any, ...]] = [] if capacity is None else deque(maxlen=capacity)
         self.record = self._ring.append
 
     def raw(self) -> list[tuple[Any, ...]]:
@@ -120,7 +124,17 @@ class Trace:
 
     def rewind(self, length: int) -> list[tuple[Any, ...]]:
         """Take away all events behind the first ``length``, and give them, newest first."""
-        return [self._ring.pop() for _ in range(len(self._ring) - length)]
+        gone = self.newest(max(0, len(self._ring) - length))
+        if isinstance(self._ring, list):
+            del self._ring[length:]
+        else:
+            for _ in gone:
+                self._ring.pop()
+        return gone
+
+    def extend(self, events: Iterable[tuple[Any, ...]]) -> None:
+        """Append many, oldest first."""
+        self._ring.extend(events)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -26,6 +26,7 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import checked_selector, code_segment, gate_may_name, stack_segment, usable_in
 from xenlab.hypervisor.domain import VECTORS, Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
+from xenlab.hypervisor.physdev import LEVEL_SHIFT, is_architectural, set_level
 from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.gates import TrapGate
 from xenlab.machine.memory import Memory
@@ -85,9 +86,9 @@ class TrapDelivery:
             raise Undeliverable(f"{_named(vector)} in virtual-8086 mode, which no guest may enter")
         to_ring, stack = gate.cs & 3, None
         if self._bytes[vcpu.info + _UPCALL_MASK] & 1:
-            cs, saved_flags = cs | 1 << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS
+            cs, saved_flags = cs | 1 << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS | vcpu.shown_level
         else:
-            saved_flags = flags & _SAVED_FLAGS | IF
+            saved_flags = flags & _SAVED_FLAGS | IF | vcpu.shown_level
         if to_ring < ring:
             if vcpu.kernel_ss & 3 == to_ring:
                 stack = vcpu.flat_data.get(vcpu.kernel_ss)
@@ -143,6 +144,8 @@ class TrapDelivery:
             if stack is None:
                 raise Undeliverable(f"iret to the unusable stack selector {ss & 0xFFFF:#x}")
             self._clear_inner_segments(vcpu, ring)
+        if is_architectural(vcpu):
+            set_level(vcpu, flags >> LEVEL_SHIFT & 3)
         state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
         return ring, eax
@@ -187,10 +190,11 @@ def _named(vector: int) -> str:
 def set_gate(vcpu: Vcpu) -> None:
     """Let the CPU itself take system calls to the handler that the guest registered, if a real gate may name it.
 
-    Not one that masks events on entry: the CPU cannot do that.
+    Not one that masks events on entry, nor for a guest that wants to see its I/O privilege level in frames: the CPU
+    can do neither.
     """
     gate = vcpu.traps[SYSTEM_CALL]
-    if gate is None or gate.masks_events or not gate_may_name(gate.cs):
+    if gate is None or gate.masks_events or is_architectural(vcpu) or not gate_may_name(gate.cs):
         vcpu.state.gate = None
         return
     code, stack = vcpu.flat_code.get(gate.cs), vcpu.flat_data.get(vcpu.kernel_ss)

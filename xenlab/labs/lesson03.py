@@ -17,6 +17,7 @@ from xenlab.abi.numbers import Errno
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
+from xenlab.hypervisor.frames import TSS_FRAME
 from xenlab.hypervisor.schedulers import RoundRobin
 from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.machine.disassembler import disassemble
@@ -159,13 +160,13 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _changed_memory(xen: Hypervisor, domain: Domain, before: bytes) -> list[str]:
-    """Runs of changed bytes; frames of the guest's by linear address, others by machine address."""
+    """Runs of changed bytes, the guest's by linear address, others by machine address; not the machine's task state."""
     after = bytes(xen.memory.bytes)
     if after == before:
         return []
     linear = {mfn: SOURCE_BASE + (pfn << PAGE_SHIFT) for pfn, mfn in enumerate(domain.frames)}
     found = []
-    for mfn in range(len(after) >> PAGE_SHIFT):
+    for mfn in sorted(set(range(len(after) >> PAGE_SHIFT)) - {TSS_FRAME}):
         start = mfn << PAGE_SHIFT
         old, new = before[start : start + PAGE_SIZE], after[start : start + PAGE_SIZE]
         places = [at for at in range(PAGE_SIZE) if old[at] != new[at]] if old != new else []

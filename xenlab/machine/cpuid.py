@@ -9,13 +9,13 @@ from __future__ import annotations
 _VENDOR = b"GenuineIntel"
 _BRAND = b"xenlab teaching processor, one instruction at a time"[:48].ljust(48, b"\0")
 # Feature bits, Intel SDM volume 2, CPUID leaf 1, EDX.
-_FPU, _TSC, _MSR, _PAE, _CX8, _SEP, _CMOV, _MMX, _FXSR, _SSE, _SSE2 = (
-    1 << bit for bit in (0, 4, 5, 6, 8, 11, 15, 23, 24, 25, 26)
+_FPU, _DE, _TSC, _MSR, _PAE, _CX8, _SEP, _CMOV, _MMX, _FXSR, _SSE, _SSE2 = (
+    1 << bit for bit in (0, 2, 4, 5, 6, 8, 11, 15, 23, 24, 25, 26)
 )
-_FEATURES = _FPU | _TSC | _MSR | _PAE | _CX8 | _CMOV | _MMX | _FXSR | _SSE | _SSE2
+_FEATURES = _FPU | _DE | _TSC | _MSR | _PAE | _CX8 | _CMOV | _MMX | _FXSR | _SSE | _SSE2
 _NX = 1 << 20
 _MAX_EXTENDED = 0x8000_0008
-_ADDRESS_BITS = 36
+ADDRESS_BITS = 36
 
 
 def cpuid(leaf: int, _subleaf: int) -> tuple[int, int, int, int]:
@@ -33,5 +33,5 @@ def cpuid(leaf: int, _subleaf: int) -> tuple[int, int, int, int]:
         a, b, c, d = (int.from_bytes(part[at : at + 4], "little") for at in (0, 4, 8, 12))
         return a, b, c, d
     if leaf == _MAX_EXTENDED:
-        return _ADDRESS_BITS | 32 << 8, 0, 0, 0
+        return ADDRESS_BITS | 32 << 8, 0, 0, 0
     return 0, 0, 0, 0

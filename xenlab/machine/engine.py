@@ -145,6 +145,27 @@ class Engine:
 
         return end
 
+    def observe_stores(
+        self, begin: int, end: int, stored: Callable[[int, int, int, int, int, int], None]
+    ) -> Callable[[], None]:
+        """Have each store to machine addresses from ``begin`` up to ``end`` reported, before it is done.
+
+        A run is hardly slower for it.  One that begins below ``begin``, in the page before, is not reported.
+
+        Args:
+            stored: called as ``stored(_, kind, machine address, size, value, _)``.
+
+        Returns:
+            What ends it.  Neither is to be called during a run.
+        """
+        callback = MEMORY_CALLBACK(stored)
+        hook = self._hook(unicorn.UC_HOOK_MEM_WRITE, callback, begin, end - 1)
+
+        def finish(_kept: Any = callback) -> None:
+            _hook_del(self.handle, hook)
+
+        return finish
+
     def write(self, register: str, value: int) -> None:
         """Set a register by name through the public API."""
         self.uc.reg_write(REGISTER_IDS[register], value)
@@ -163,10 +184,10 @@ class Engine:
         self._hook(kind, callback)
         self._callbacks.append(callback)
 
-    def _hook(self, kind: int, callback: Any) -> int:
+    def _hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0) -> int:
         # Hooks with begin > end apply to every address.
         hook = ctypes.c_size_t()
-        status = _hook_add(self.handle, ctypes.byref(hook), kind, ctypes.cast(callback, _ptr), None, 1, 0)
+        status = _hook_add(self.handle, ctypes.byref(hook), kind, ctypes.cast(callback, _ptr), None, begin, end)
         if status:
             raise MachineError(f"Unicorn refused a hook of kind {kind}: error {status}")
         return hook.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-DIVIDE, DEBUG, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 3, 4, 6, 7, 8
+DIVIDE, DEBUG, NMI, BREAKPOINT, OVERFLOW, INVALID_OPCODE, NO_DEVICE, DOUBLE_FAULT = 0, 1, 2, 3, 4, 6, 7, 8
 INVALID_TSS, NOT_PRESENT, STACK_FAULT, PROTECTION, PAGE_FAULT, ALIGNMENT, MACHINE_CHECK = 10, 11, 12, 13, 14, 17, 18
 # In place of an error code: the vector was named by an INT instruction, so no fault happened and there is none.
 SOFTWARE = -1

@@ -216,9 +216,9 @@ def recorded(xen: Hypervisor) -> Iterator[AccessLog]:
     xen.cpu.handler = recorder.trap
     try:
         with (
-            _in_front_of(xen.guest_memory, {name: recorder.copy(name) for name in _COPIES}),
-            _in_front_of(xen.tlb, {"flush": recorder.flush}),
-            _in_front_of(xen.cpu, {"load": recorder.load}),
+            in_front_of(xen.guest_memory, {name: recorder.copy(name) for name in _COPIES}),
+            in_front_of(xen.tlb, {"flush": recorder.flush}),
+            in_front_of(xen.cpu, {"load": recorder.load}),
             accesses(xen.cpu, xen.memory, recorder.seen) as recorder.watch,
         ):
             yield log
@@ -228,7 +228,7 @@ def recorded(xen: Hypervisor) -> Iterator[AccessLog]:
 
 
 @contextmanager
-def _in_front_of(part: object, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def in_front_of(part: object, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Let ``methods`` stand in front of those of this one object, so that a run that is not recorded pays nothing."""
     for name, method in methods.items():
         setattr(part, name, method)
@@ -256,4 +256,16 @@ def _pages(address: int, size: int) -> Iterator[int]:
     yield from (at & 0xFFFF_FFFF for at in range((address & PAGE_MASK) + PAGE_SIZE, end, PAGE_SIZE))
 
 
-__all__ = ["BY_HYPERVISOR", "NO_TRAP", "UNNAMED", "AccessLog", "Enter", "Entry", "Flush", "Leave", "Touch", "recorded"]
+__all__ = [
+    "BY_HYPERVISOR",
+    "NO_TRAP",
+    "UNNAMED",
+    "AccessLog",
+    "Enter",
+    "Entry",
+    "Flush",
+    "Leave",
+    "Touch",
+    "in_front_of",
+    "recorded",
+]

@@ -21,21 +21,31 @@ every event with the one recorded and refuses to go on when they differ.
 
 from __future__ import annotations
 
-from typing import Any
+from time import perf_counter
+from typing import Any, overload
 
 from xenlab.errors import TimelineError
 from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
 from xenlab.hypervisor.inputs import Input
 from xenlab.hypervisor.trace import Event, Trace, decode
+from xenlab.timeline import search
+from xenlab.timeline.changes import Change
 from xenlab.timeline.digest import machine_hash
-from xenlab.timeline.snapshots import Snapshot, Snapshots, put_back, take
+from xenlab.timeline.goals import Watch, When
+from xenlab.timeline.snapshots import Snapshot, Snapshots
 
 DEFAULT_INTERVAL = 50_000
-DEFAULT_SNAPSHOTS = 64
+DEFAULT_SNAPSHOTS = 256
 DEFAULT_SNAPSHOT_MIB = 256
-# A snapshot is worth taking when running again to here from the one before it would take as
-# long as so many intervals; an event takes as long as so many instructions.
-_WORTH, _EVENT = 10, 100
+# How far `run_to` goes.
+DEFAULT_MOST = 1_000_000_000
+# A snapshot is worth taking when running again to here from the one before it takes the host so many seconds, and so
+# many times as long as taking a snapshot does.  The first few are taken sooner, when there were as many
+# instructions as in so many intervals; an event counts as so many instructions.
+_WORTH_S, _WORTH_COSTS = 0.04, 32
+_FIRST, _WORTH, _EVENT = 10, 10, 100
+# One right before the place that somebody went back to, if running there took so many times as long.
+_WORTH_NEAR = 2
 
 
 class Timeline:
@@ -83,8 +93,10 @@ class Timeline:
         # Events behind the position, the next one last.
         self._ahead: list[tuple[Any, ...]] = []
         self._idle_at: int | None = None
+        # Seconds that the host has worked to come from the start to here, about.
+        self._work = 0.0
         self._remember_position()
-        self._snapshots = Snapshots(take(self.hypervisor, len(self._trace), {}), *self._limits)
+        self._snapshots = Snapshots(self.hypervisor, len(self._trace), *self._limits)
 
     @property
     def position(self) -> int:
@@ -127,9 +139,9 @@ class Timeline:
         if time < self.start:
             raise TimelineError(f"time {time}: the timeline begins at {self.start}, there is no way back beyond it")
         nearest = self._snapshots.latest(time)
-        nearest = self._snapshots.latest(time)
         if time < self.position or nearest.time > self.position:
             self._go_to(nearest)
+            self._come_near(time)
         self._advance(time)
         if time == self._idle_at:
             self._run_piece(time + 1)
@@ -155,6 +167,65 @@ class Timeline:
         """The events up to the end, also those behind the position."""
         return self.events() + [decode(raw) for raw in reversed(self._ahead)]
 
+    @property
+    def happened(self) -> int:
+        """How many events there were up to the position."""
+        return len(self._trace)
+
+    def recorded(self, first: int = 0) -> list[tuple[Any, ...]]:
+        """The events from number ``first`` up to the end, also those behind the position, as they were recorded."""
+        if first > len(self._trace):
+            return self._ahead[: len(self._ahead) - (first - len(self._trace))][::-1]
+        return self._trace.newest(len(self._trace) - first)[::-1] + self._ahead[::-1]
+
+    def snapshot_times(self) -> list[int]:
+        """The times to which going back is quick."""
+        return self._snapshots.times()
+
+    # Breakpoints.
+
+    @overload
+    def back_to(self, goal: When) -> Event | None: ...
+
+    @overload
+    def back_to(self, goal: Watch) -> Change | None: ...
+
+    def back_to(self, goal: When | Watch) -> Event | Change | None:
+        """Go back to the last event or change before the position; the machine is then right behind it.
+
+        Returns:
+            What was found.  None if there is none; then the position stays.
+        """
+        self._check_untouched()
+        return search.event_before(self, goal) if isinstance(goal, When) else search.change_before(self, goal)
+
+    @overload
+    def run_to(self, goal: When, most: int = ...) -> Event | None: ...
+
+    @overload
+    def run_to(self, goal: Watch, most: int = ...) -> Change | None: ...
+
+    def run_to(self, goal: When | Watch, most: int = DEFAULT_MOST) -> Event | Change | None:
+        """Go forward to the next event or change, by ``most`` instructions at most; then right behind it.
+
+        Returns:
+            What was found.  None if there is none; then the position is as far as that goes.
+        """
+        self._check_untouched()
+        limit = self.position + most
+        if isinstance(goal, When):
+            return search.event_behind(self, goal, limit)
+        return search.change_behind(self, goal, limit)
+
+    def last_change(self, watch: Watch) -> Change | None:
+        """Who changed it?  The last change up to the position, which stays; None if there was none since the start."""
+        self._check_untouched()
+        here = self.position
+        try:
+            return search.last_change(self, watch, here)
+        finally:
+            self.seek(here)
+
     def machine_hash(self) -> str:
         """Hex digest of the whole machine; see `xenlab.timeline.digest`."""
         return machine_hash(self.hypervisor)
@@ -162,18 +233,37 @@ class Timeline:
     def _advance(self, time: int) -> Stop:
         """Run to ``time``, stopping at each multiple of the interval to empty the TLB."""
         while self.position < time:
-            boundary = self.position + self._interval - (self.position - self.start) % self._interval
+            boundary = self._next_boundary()
             if self._run_piece(min(boundary, time)) is Stop.IDLE:
                 return Stop.IDLE
             if self.position == boundary:
                 self.hypervisor.forget_caches()
-                self._keep_snapshot()
+                if self._is_worth_a_snapshot():
+                    self._keep_snapshot()
         return Stop.BUDGET
 
+    def _next_boundary(self) -> int:
+        """The next multiple of the interval; on a machine that sleeps, the last one before it will be woken.
+
+        Where no guest runs, it is the same to empty the TLB once or a thousand times.
+        """
+        xen, position = self.hypervisor, self.position
+        boundary = self._boundary_before(position) + self._interval
+        if xen.current is not None or xen.pick_needed:
+            return boundary
+        due = xen.inputs.next_time()
+        woken = xen.timers.due if due is None else min(due, xen.timers.due)
+        return max(boundary, self._boundary_before(woken))
+
+    def _boundary_before(self, time: int) -> int:
+        return time - (time - self.start) % self._interval
+
     def _run_piece(self, time: int) -> Stop:
+        started = perf_counter()
         try:
             stop = self.hypervisor.run(time - self.position).stop
         finally:
+            self._work += perf_counter() - started
             self._compare_with_record()
             self.end = max(self.end, self.position)
             self._remember_position()
@@ -181,17 +271,36 @@ class Timeline:
             self._idle_at = self.position
         return stop
 
+    def _come_near(self, time: int) -> None:
+        """Run to the last multiple of the interval before ``time``, for the next step back to begin there."""
+        near = self._boundary_before(time - 1)
+        if near <= self.position or self._advance(near) is Stop.IDLE:
+            return
+        if self._work_since_snapshot() > _WORTH_NEAR * self._snapshots.cost:
+            self._keep_snapshot()
+
+    def _is_worth_a_snapshot(self) -> bool:
+        if self._snapshots.taken > _FIRST:
+            return self._work_since_snapshot() >= max(_WORTH_S, _WORTH_COSTS * self._snapshots.cost)
+        before = self._snapshots.latest(self.position)
+        events = len(self._trace) - before.events
+        return self.position - before.time + _EVENT * events >= _WORTH * self._interval
+
+    def _work_since_snapshot(self) -> float:
+        return self._work - self._snapshots.latest(self.position).work
+
     def _keep_snapshot(self) -> None:
-        before, events = self._snapshots.latest(self.position), len(self._trace)
-        if self.position - before.time + _EVENT * (events - before.events) >= _WORTH * self._interval:
-            self._snapshots.add(take(self.hypervisor, events, before.pages))
+        self._snapshots.take(len(self._trace), self._work)
 
     def _go_to(self, snapshot: Snapshot) -> None:
         """Put back ``snapshot``, which may also lie ahead."""
-        put_back(self.hypervisor, snapshot)
+        self._snapshots.put_back(snapshot)
+        self._work = snapshot.work
         self._ahead += self._trace.rewind(snapshot.events)
-        while len(self._trace) < snapshot.events:
-            self._trace.record(self._ahead.pop())
+        again = snapshot.events - len(self._trace)
+        if again:
+            self._trace.extend(reversed(self._ahead[-again:]))
+            del self._ahead[-again:]
         self._remember_position()
 
     def _compare_with_record(self) -> None:

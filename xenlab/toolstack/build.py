@@ -17,7 +17,8 @@ import ctypes
 import struct
 from collections.abc import Iterator
 
-from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags
+from xenlab.abi.kernel_notes import Feature
+from xenlab.abi.numbers import FLAT_RING1_CS, FLAT_RING1_DS, FLAT_RING1_SS, StartFlags, VmAssistType
 from xenlab.abi.structures import (
     COMMAND_LINE_BYTES,
     START_INFO_MAGIC,
@@ -39,6 +40,7 @@ from xenlab.toolstack.image import Image
 from xenlab.toolstack.notes import check
 from xenlab.toolstack.plan import Plan, plan
 
+_CONTROL = 0  # the domain in which the tools are
 _TABLE = PRESENT | RW | USER | ACCESSED
 _PAGE = PRESENT | ACCESSED | DIRTY
 
@@ -75,6 +77,8 @@ def build(
         )
     domain = new_domain(hypervisor, image.name, image.mode, layout.total, privileged=privileged)
     domain.symbols.update(image.symbols)
+    if Feature.pae_pgdir_above_4gb in image.notes.supported:
+        domain.assists |= 1 << VmAssistType.PAE_EXTENDED_CR3
     builder = _Builder(hypervisor, image, layout, domain)
     builder.load_image()
     builder.write_p2m()
@@ -135,6 +139,9 @@ class _Builder:
         else:
             info.store_mfn, info.console_mfn = domain.frames[layout.store], domain.frames[layout.console]
             domain.store_mfn, domain.console_mfn = info.store_mfn, info.console_mfn
+            if self._image.notes.declared:
+                # The store has nobody behind it yet, and no port says so.
+                info.console_evtchn = self._xen.events.new_unbound(domain, _CONTROL)
         # The machine has no screen, and a page that is all zeros says so.
         self._store(layout.address(layout.start_info), bytes(info))
 

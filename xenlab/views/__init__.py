@@ -10,6 +10,7 @@ from xenlab.views.audit import audit_report
 from xenlab.views.balloon import BalloonView
 from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
+from xenlab.views.events import EventsView
 from xenlab.views.frame_map import FrameMap
 from xenlab.views.machine import MachineView
 from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
@@ -40,6 +41,7 @@ __all__ = [
     "BarsView",
     "CallTimeline",
     "Cell",
+    "EventsView",
     "FrameMap",
     "InstructionMatrix",
     "InstructionRow",

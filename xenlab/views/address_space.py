@@ -27,7 +27,7 @@ _ZOOM_LEFT, _ZOOM_GAP = 424.0, 24.0
 _STRIP, _ZOOM, _ROWS_TOP, _ROW, _GAP_ROW = 66.0, 118.0, 174.0, 21.0, 17.0
 _DETAIL_X = 566.0
 # As high as it becomes in the lessons, so that nothing below moves while the run plays.
-_LEAST_HEIGHT = 575.0
+_LEAST_HEIGHT = 610.0
 _FRAMES_SHOWN = 6
 
 

@@ -22,7 +22,7 @@ _LANES = {3: 218.0, 1: 320.0, 0: 422.0}
 _HEADS = {3: ("application", APPLICATION), 1: ("guest kernel", KERNEL), 0: ("hypervisor", HYPERVISOR)}
 _ROW, _TOP, _TEXT_X = 25, 76, 446
 _DETAIL_HEIGHT = 36 + 18 * 7  # a trap has thirteen values, two on a line
-_DASHES = {Kind.TRAP: "7 3", Kind.DELIVER: "2 3", Kind.EMULATE: "7 3"}
+_DASHES = {Kind.TRAP: "7 3", Kind.DELIVER: "2 3", Kind.UPCALL: "2 3", Kind.EMULATE: "7 3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def _draw_crossing(canvas: Canvas, step: Step, y: float, domain: int) -> None:
         canvas.arrow(kernel, y, inner, y, colour)
     elif event.kind is Kind.TRAP:
         canvas.arrow(_LANES.get(event.ring, kernel), y, inner, y, colour, dash)
-    elif event.kind in (Kind.DELIVER, Kind.IRET):
+    elif event.kind in (Kind.DELIVER, Kind.UPCALL, Kind.IRET):
         canvas.arrow(inner, y, _LANES.get(event.to_ring, kernel), y, colour, dash)
     elif event.kind is Kind.GATE:
         canvas.arrow(_LANES.get(event.from_ring, kernel), y, _LANES.get(event.to_ring, kernel), y, colour, dash)

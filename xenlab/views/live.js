@@ -46,6 +46,17 @@ function sender(model) {
   return { give, stop: () => model.off("change:answered", answered) };
 }
 
+// A list to choose one value of the model's from.
+function choice(model, name, label, values, text) {
+  const list = element("select", { class: `xl-${name}`, title: label, "aria-label": label });
+  for (const value of values) list.append(element("option", { value }, text(value)));
+  list.addEventListener("change", () => {
+    model.set(name, values[list.selectedIndex]);
+    model.save_changes();
+  });
+  return list;
+}
+
 function toolbar(model, order) {
   const bar = element("div", { class: "xl-bar", role: "toolbar", "aria-label": "Run control" });
   const buttons = {};
@@ -55,16 +66,11 @@ function toolbar(model, order) {
     buttons[name] = button;
     bar.append(button);
   }
-  const speed = element("select", { class: "xl-speed", "aria-label": "Speed in instructions a second" });
-  for (const value of model.get("speeds")) {
-    speed.append(element("option", { value }, `${value.toLocaleString("en")} / s`));
-  }
-  speed.addEventListener("change", () => {
-    model.set("speed", Number(speed.value));
-    model.save_changes();
-  });
-  bar.append(speed);
-  return { bar, buttons, speed };
+  const stops = choice(model, "stop", "What the event buttons stop at", model.get("stops"), (value) => value);
+  const inSpeed = (value) => `${value.toLocaleString("en")} / s`;
+  const speed = choice(model, "speed", "Speed in instructions a second", model.get("speeds"), inSpeed);
+  bar.append(stops, speed);
+  return { bar, buttons, speed, stops };
 }
 
 // A slider gives its order when it is let go; while it is held it follows the hand.
@@ -136,7 +142,7 @@ function render({ model, el }) {
   const order = (name, count = 1) => give(orderFor(name, model, count));
   const select = (chosen) =>
     give({ do: "select", view: Number(chosen.closest("[data-view]").dataset.view), key: chosen.dataset.event });
-  const { bar, buttons, speed } = toolbar(model, order);
+  const { bar, buttons, speed, stops } = toolbar(model, order);
   const scrub = element("input", { type: "range", class: "xl-scrub", step: 1, "aria-label": "Position in the run" });
   const place = element("output", { class: "xl-place" });
   const status = element("span", { class: "xl-status", role: "status", "aria-live": "polite" });
@@ -180,8 +186,9 @@ function render({ model, el }) {
     buttons.back.disabled = buttons.start.disabled = buttons.previous.disabled = position <= start;
     status.textContent = model.get("status");
     speed.value = model.get("speed");
+    stops.value = model.get("stop");
   };
-  const names = ["frames", "position", "start", "end", "playing", "status", "speed", "sliders"];
+  const names = ["frames", "position", "start", "end", "playing", "status", "speed", "stop", "sliders"];
   const changes = names.map((name) => `change:${name}`).join(" ");
   let planned = 0;
   const plan = () => {

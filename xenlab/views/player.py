@@ -14,17 +14,36 @@ import asyncio
 from collections.abc import Callable
 from enum import Enum, auto
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
 from xenlab.hypervisor.inputs import Input
+from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind
+from xenlab.timeline.goals import When
 
 FRAME_S = 0.05
 PIECE_S = 0.02
 SPEEDS = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 _FIRST_PIECE, _LARGEST_PIECE = 1_000, 1_000_000
 IDLE = "No domain can run any more."
+NO_EARLIER = "There is no such event before this moment."
+ANY_EVENT = "any event"
+# What the event buttons stop at, as the reader chooses it.
+STOPS: dict[str, When] = {ANY_EVENT: When()} | {
+    name: When(frozenset(kinds))
+    for name, kinds in {
+        "hypercalls": (Kind.HYPERCALL,),
+        "exceptions": (Kind.TRAP,),
+        "emulation": (Kind.EMULATE,),
+        "switches": (Kind.SWITCH,),
+        "upcalls, timers": (Kind.TIMER, Kind.UPCALL),
+        "page tables": (Kind.TABLE_WRITE, Kind.REFUSED),
+        "console": (Kind.CONSOLE,),
+        "inputs": (Kind.INPUT,),
+        "domains": (Kind.DOMAIN, Kind.CRASH),
+    }.items()
+}
 
 
 class Movable(Protocol):
@@ -47,6 +66,10 @@ class Movable(Protocol):
 
     def submit(self, item: Input) -> None: ...
 
+    def back_to(self, goal: When) -> Event | None: ...
+
+    def run_to(self, goal: When, most: int) -> Event | None: ...
+
 
 class Goal(Enum):
     """What a task is running for."""
@@ -65,12 +88,14 @@ class Player:
 
     Attributes:
         speed: instructions a second while playing.
+        stop: what `previous_event` and `next_event` stop at, one of `STOPS`.
         status: the last thing worth telling the reader.
     """
 
     def __init__(self, timeline: Movable, changed: Callable[[], None]) -> None:
         self.timeline, self._changed = timeline, changed
         self.speed = 100
+        self.stop = ANY_EVENT
         self.status = ""
         self.task: asyncio.Task[None] | None = None
         self._piece = _FIRST_PIECE
@@ -93,13 +118,11 @@ class Player:
         self._move(lambda: self.timeline.seek(max(time, self.timeline.start)))
 
     def previous_event(self) -> None:
-        """Back to the event before this moment."""
-        trace, now = self.timeline.hypervisor.trace, self.timeline.position
-        earlier = (raw[0] for raw in reversed(trace.raw() if trace is not None else ()) if raw[0] < now)
-        self.seek(next(earlier, self.timeline.start))
+        """Back to right behind the event before this moment."""
+        self._move(self._to_previous_event)
 
     def next_event(self) -> None:
-        """Forward to the next event, however far."""
+        """Forward to right behind the next event, however far."""
         self._start(Goal.EVENT)
 
     def to_end(self) -> None:
@@ -138,6 +161,12 @@ class Player:
         except KeyboardInterrupt:
             self.status = "Interrupted."
         self._changed()
+
+    def _to_previous_event(self) -> None:
+        found = self.timeline.back_to(STOPS[self.stop])
+        self.status = _told(found) if found is not None else NO_EARLIER
+        if found is None and self.stop == ANY_EVENT:
+            self.timeline.seek(self.timeline.start)
 
     def _forward(self, count: int) -> bool:
         """Run; False when nothing can run any more."""
@@ -182,14 +211,23 @@ class Player:
 
     def _one_piece(self, goal: Goal, wanted: int) -> bool:
         """Run as much as 20 ms allow; False when the goal is reached."""
-        before = self.timeline.position
-        newest = self._newest()
         started = perf_counter()
-        going = self._forward(min(wanted, self._piece) if goal is Goal.PLAY else self._piece)
+        if goal is Goal.EVENT:
+            going = self._towards_event()
+        else:
+            going = self._forward(min(wanted, self._piece) if goal is Goal.PLAY else self._piece)
         self._adapt(perf_counter() - started)
-        if goal is Goal.EVENT and self._newest() != newest:
-            self._to_first_event_after(before, newest)
+        return going
+
+    def _towards_event(self) -> bool:
+        before = self.timeline.position
+        found = self.timeline.run_to(STOPS[self.stop], self._piece)
+        if found is not None:
+            self.status = _told(found)
             return False
+        going = self.timeline.position == before + self._piece
+        if not going:
+            self.status = IDLE
         return going
 
     def _adapt(self, spent: float) -> None:
@@ -199,18 +237,8 @@ class Player:
         elif spent < PIECE_S / 8:
             self._piece = min(self._piece * 2, _LARGEST_PIECE)
 
-    def _newest(self) -> tuple[Any, ...] | None:
-        trace = self.timeline.hypervisor.trace
-        return next(iter(trace.newest(1)), None) if trace is not None else None
 
-    def _to_first_event_after(self, before: int, newest: tuple[Any, ...] | None) -> None:
-        trace = self.timeline.hypervisor.trace
-        assert trace is not None
-        first = trace.raw()[-1][0]
-        for raw in reversed(trace.raw()):
-            if raw is newest or raw[0] < before:
-                break
-            first = raw[0]
-        self.status = ""
-        # What is due at a time is seen one instruction later.
-        self.timeline.seek(max(first, before + 1))
+def _told(event: Event) -> str:
+    """The event that was gone to, in a few words."""
+    whose = f" of domain {event.domain}" if event.domain != NO_DOMAIN else ""
+    return f"{event.kind.name.replace('_', ' ').lower()}{whose} at {event.time:,}"

@@ -136,6 +136,10 @@ def _moves_of(event: Event, ring: int) -> tuple[int, list[Move]]:
             return values["to_ring"], []
         case Kind.DELIVER:
             return values["to_ring"], move(0, values["to_ring"], f"{short_vector(values['vector'])} handler")
+        case Kind.UPCALL:
+            # As seen by the code that it interrupts; within a ring nothing moves.
+            start, end = values["from_ring"], values["to_ring"]
+            return end, move(start, end, "upcall") if start != end else []
         case Kind.GATE:
             return values["to_ring"], move(values["from_ring"], values["to_ring"], short_vector(values["vector"]))
         case Kind.RETURN:
@@ -231,6 +235,12 @@ def describe(xen: Hypervisor, step: Step) -> str:
             return f"{short_vector(values['vector'])} by its gate, on to {_place(xen, event, values['handler'])}"
         case Kind.UPCALL:
             return f"upcall for an event, on to {_place(xen, event, values['handler'])}"
+        case Kind.EVENT:
+            sender = {NO_DOMAIN: "the hypervisor", event.domain: "itself"}.get(
+                values["sender"], f"domain {values['sender']}"
+            )
+            stopped = f", stopped at {values['stopped']}" if values["stopped"] else ""
+            return f"event for port {values['port']} from {sender}{stopped}"
         case Kind.EMULATE:
             changes = ", ".join(f"{name}={value:#x}" for name, value in values["changes"] if name != "eip")
             return f"emulated: {changes or 'no register but EIP changed'}"

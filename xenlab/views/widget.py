@@ -19,7 +19,7 @@ import anywidget
 import traitlets
 
 from xenlab.views.picture import Picture
-from xenlab.views.player import SPEEDS, Movable, Player
+from xenlab.views.player import ANY_EVENT, SPEEDS, STOPS, Movable, Player
 from xenlab.views.sliders import Slider
 
 _HERE = Path(__file__).parent
@@ -48,6 +48,8 @@ class LiveView(anywidget.AnyWidget):
     playing = traitlets.Bool().tag(sync=True)
     speed = traitlets.Int(100).tag(sync=True)
     speeds = traitlets.List(list(SPEEDS)).tag(sync=True)
+    stop = traitlets.Unicode(ANY_EVENT).tag(sync=True)
+    stops = traitlets.List(list(STOPS)).tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     answered = traitlets.Int().tag(sync=True)
     sliders = traitlets.List(traitlets.Dict()).tag(sync=True)
@@ -60,6 +62,7 @@ class LiveView(anywidget.AnyWidget):
         super().__init__()
         self.on_msg(self._on_message)
         self.observe(self._on_speed, "speed")
+        self.observe(self._on_stop, "stop")
         self.refresh()
 
     def refresh(self) -> None:
@@ -143,6 +146,10 @@ class LiveView(anywidget.AnyWidget):
     def _on_speed(self, change: Any) -> None:
         if change["new"] in SPEEDS:
             self.player.speed = change["new"]
+
+    def _on_stop(self, change: Any) -> None:
+        if change["new"] in STOPS:
+            self.player.stop = change["new"]
 
     def _ipython_display_(self) -> None:
         from IPython import display as ipython

@@ -15,15 +15,17 @@ struct frame {
 
 PAGES(shared_page, 1);
 PAGES(trap_stack, 1);
-static volatile struct { u32 vector, error, address, count, eax; } fault;
+static volatile struct { u32 vector, error, address, count, eax, eip, eflags; } fault;
 /* Where to go on after the next fault; 0 if none is expected. */
 static volatile u32 resume;
 /* Asked first; answers whether the fault is mended. */
 static int (*volatile mend)(struct frame *);
-extern char trap_6[], trap_11[], trap_12[], trap_13[], trap_14[], trap_128[];
+extern char trap_1[], trap_6[], trap_11[], trap_12[], trap_13[], trap_14[], trap_128[];
 void trap(struct frame *frame);
 void enter_user(u32 eip, u32 esp);
 u32 kernel_esp_saved;
+/* What enter_user returns to ring 3 with. */
+u32 user_flags = 0x202;
 
 asm(".macro trap_entry vector, error=0\n"
     "trap_\\vector:\n"
@@ -32,7 +34,7 @@ asm(".macro trap_entry vector, error=0\n"
     "  jmp trap_common\n"
     ".endm\n"
     ".text\n"
-    "trap_entry 6\n trap_entry 11, 1\n trap_entry 12, 1\n trap_entry 13, 1\n trap_entry 14, 1\n trap_entry 128\n"
+    "trap_entry 1\n trap_entry 6\n trap_entry 11, 1\n trap_entry 12, 1\n trap_entry 13, 1\n trap_entry 14, 1\n trap_entry 128\n"
     "trap_common:\n"
     "  pushal\n pushl %ds\n pushl %es\n"
     "  movl $0xe021, %eax\n movl %eax, %ds\n movl %eax, %es\n"
@@ -43,14 +45,14 @@ asm(".macro trap_entry vector, error=0\n"
     "enter_user:\n"
     "  movl 4(%esp), %eax\n movl 8(%esp), %ecx\n"
     "  pushal\n movl %esp, kernel_esp_saved\n"
-    "  pushl $0xe033\n pushl %ecx\n pushl $0x202\n pushl $0xe02b\n pushl %eax\n"
+    "  pushl $0xe033\n pushl %ecx\n pushl user_flags\n pushl $0xe02b\n pushl %eax\n"
     "  jmp hypercall_page + 32 * 23\n"
     "back_to_kernel:\n"
     "  movl kernel_esp_saved, %esp\n popal\n ret\n");
 
 static struct trap_info trap_table[] = {
-    {6, 0, FLAT_RING1_CS, (u32)trap_6},   {11, 0, FLAT_RING1_CS, (u32)trap_11}, {12, 0, FLAT_RING1_CS, (u32)trap_12},
-    {13, 0, FLAT_RING1_CS, (u32)trap_13}, {14, 0, FLAT_RING1_CS, (u32)trap_14}, {128, 3, FLAT_RING1_CS, (u32)trap_128},
+    {1, 0, FLAT_RING1_CS, (u32)trap_1},   {6, 0, FLAT_RING1_CS, (u32)trap_6},   {11, 0, FLAT_RING1_CS, (u32)trap_11},
+    {12, 0, FLAT_RING1_CS, (u32)trap_12}, {13, 0, FLAT_RING1_CS, (u32)trap_13}, {14, 0, FLAT_RING1_CS, (u32)trap_14}, {128, 3, FLAT_RING1_CS, (u32)trap_128},
     {0, 0, 0, 0},
 };
 
@@ -65,6 +67,8 @@ void trap(struct frame *frame)
     fault.error = frame->error;
     fault.address = frame->vector == 14 ? ((const volatile struct shared_info *)shared_page)->vcpu_info[0].cr2 : 0;
     fault.eax = frame->eax;
+    fault.eip = frame->eip;
+    fault.eflags = frame->eflags;
     fault.count++;
     if (mend && mend(frame))
         return;

@@ -93,6 +93,9 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("cold_start", Unit.SECONDS, 0.5, host.cold_start, most=5),
         Benchmark("view_update", Unit.MILLISECONDS, 50.0, past.view_update),
         Benchmark("step_back", Unit.MILLISECONDS, 100.0, past.step_back),
+        Benchmark("scrub", Unit.MILLISECONDS, 200.0, past.scrub, most=51),
+        Benchmark("scrub_worst", Unit.MILLISECONDS, 1000.0, past.scrub_worst, most=1),
+        Benchmark("recording", Unit.RATIO, 0.8, past.recording, most=21),
         Benchmark("lab_check", Unit.SECONDS, 60.0, host.lab_check, most=1, on_request=True),
     )
     return {benchmark.name: benchmark for benchmark in benchmarks}
