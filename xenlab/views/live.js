@@ -130,7 +130,9 @@ function onKey(event, order, select) {
   const presses = event.key === "Enter" || event.key === " ";
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (chosen && presses) select(chosen);
-  else if (event.target.closest("select, .xl-slider") || (presses && event.target.closest("button, summary"))) return;
+  // Their keys are theirs; JupyterLab, further out, would take the arrows for itself.
+  else if (event.target.closest("select, .xl-slider")) return event.stopPropagation();
+  else if (presses && event.target.closest("button, summary")) return;
   else if (KEYS[event.key]) order(KEYS[event.key], event.shiftKey ? 100 : 1);
   else return;
   event.preventDefault();
