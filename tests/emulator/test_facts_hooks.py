@@ -80,3 +80,33 @@ def test_without_forgetting_translations_hooks_are_silent_in_known_code(bench) -
     bench.uc.ctl_flush_tb()
     bench.engine.start(CODE, 50)
     assert accessed == [0x30000]
+
+
+def test_stores_to_some_addresses_are_reported_before_they_are_done(bench) -> None:
+    source = """
+        mov eax, 7
+        mov [0x30ffc], eax
+        mov [0x31000], eax
+        inc dword ptr [0x31000]
+        mov eax, [0x31000]
+        push eax
+        mov [0x30fff], eax
+        mov [0x31ffe], eax
+        mov [0x32000], eax
+        ud2
+    """
+    bench.map(0x31, 0x50 << 12 | FLAGS)
+    bench.run(source)
+    bench.memory.words[0x50000 >> 2] = 0
+    stored: list[tuple[int, int, int]] = []
+    end = bench.engine.observe_stores(
+        0x50000,
+        0x51000,
+        lambda _engine, _kind, at, size, _value, _data: stored.append((at, size, bench.memory.words[0x50000 >> 2])),
+    )
+    bench.engine.start(CODE, 50)
+    # Neither the push nor the store that begins in the page before.
+    assert stored == [(0x50000, 4, 0), (0x50000, 4, 7), (0x50FFE, 4, 0)]
+    end()
+    bench.engine.start(CODE, 50)
+    assert len(stored) == 3

@@ -34,6 +34,15 @@ def test_rings_crosses_between_all_rings(mode: PagingMode) -> None:
     assert len(xen.trace.events(Kind.EMULATE)) == 1
 
 
+def test_pager_gives_pages_on_demand_and_is_called_without_the_hypervisor() -> None:
+    xen, console = run("pager")
+    assert console == "pg."
+    mapped = [event for event in xen.trace.events(Kind.HYPERCALL) if event.number == Hypercall.update_va_mapping]
+    assert [event.registers[3] for event in mapped] == [0xC020_3000, 0xC020_5000]
+    assert [event.vector for event in xen.trace.events(Kind.DELIVER)] == [14, 6, 14, 14, 0x81]
+    assert [event.vector for event in xen.trace.events(Kind.GATE)] == [0x80] * 3
+
+
 def test_counter_never_stops_and_does_not_keep_the_cpu() -> None:
     xen = Hypervisor()
     domains = [boot(xen, guests.source("counter"), name=name) for name in "ab"]

@@ -31,6 +31,9 @@ CASES: dict[str, tuple[str, int, int, int | None, int | None]] = {
     "far jump to a null selector": (".byte 0xea\n .long after\n .short 0", 13, 0, 0, 0),
     "far jump to an empty descriptor": (".byte 0xea\n .long after\n .short 0x1238", 13, 0, 0x1238, 0x1238),
     "far jump to a data segment": (".byte 0xea\n .long after\n .short FLAT_RING3_DS", 13, 0, 0xE030, 0xE030),
+    "load of a stack segment of another ring": ("mov eax, 0xe01b\n mov ss, eax", 13, 5, 0xE018, 0xE018),
+    "iret with the nested-task flag": ("pushfd\n or dword ptr [esp], 0x4000\n popfd\n iretd", 10, 9, 0, 0),
+    "x87 division by zero": ("fninit\n fldcw word ptr [udata + 12]\n fld1\n fldz\n fdivp\n fwait", 16, 14, None, None),
     "hlt": ("hlt", 13, 0, 0, 0),
     "cli": ("cli", 13, 0, 0, 0),
     "in": ("in al, 0x80", 13, 0, 0, 0),
@@ -246,6 +249,20 @@ def test_event_mask_in_the_frame(masked: int, gate_flags: int, ring: int, play: 
     assert eflags & 0x3000 == 0
     mask = seen.xen.memory.bytes[(seen.domain.shared_info_mfn << 12) + 1]
     assert mask == (1 if gate_flags else masked)
+
+
+@pytest.mark.parametrize("probe", ["nop", "pushfd", "mov eax, ebx"])
+def test_a_single_step_is_seen_in_dr6(probe: str, ring: int, mode: Any, play: Any) -> None:
+    flags = "pushfd\n or dword ptr [esp], 0x100\n popfd"
+    seen = play(f"{flags}\n {probe}", ring, mode)
+    assert seen.first.vector == 1
+    assert seen.vcpu.control["dr6"] == 0xFFFF_4FF0
+
+
+def test_int_1_is_no_step(play: Any) -> None:
+    seen = play("int 1", 1, table=".byte 1, 1\n .short FLAT_RING1_CS\n .long handler")
+    assert seen.first.vector == 1
+    assert seen.vcpu.control["dr6"] == 0xFFFF_0FF0
 
 
 def test_handler_runs_without_trap_and_alignment_flags(play: Any) -> None:

@@ -48,6 +48,7 @@ SERVED = {
     Hypercall.physdev_op,
     Hypercall.physdev_op_compat,
     Hypercall.nmi_op,
+    Hypercall.fpu_taskswitch,
     Hypercall.set_debugreg,
     Hypercall.get_debugreg,
     Hypercall.platform_op,
@@ -198,7 +199,7 @@ def test_any_hypercall_answers_with_a_number_and_a_refused_one_changes_nothing(
             setattr(bench.vcpu.state, name, value)
         before = frozen(bench.xen)
         result = bench.call(number, *arguments)
-        assert result >= -max(Errno)
+        assert result >= -max(Errno) or number == Hypercall.get_debugreg  # which gives the register itself
         if result < 0 and number not in DONE_IN_PART:
             bench.vcpu.state.eax = 0
             assert frozen(bench.xen) == before

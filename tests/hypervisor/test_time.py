@@ -31,6 +31,7 @@ from xenlab.toolstack import image_from_source
 MS = 100_000  # instructions
 MS_NS = 1_000_000
 SCRATCH, NOWHERE = 0xC000_8000, 0x8000_0000
+ONCE = "cmp dword ptr [upcalls], 1\n jne over\n"
 ROOM = SPIN + "\n .align 4096\n .skip 0x9000"
 
 
@@ -64,7 +65,7 @@ class TestClocks:
         xen, (reader, *_others) = machine(READER, SPIN, SPIN, mode=mode)
         before = 0
         for _ in range(8):
-            xen.run(7 * MS + 13)
+            xen.run(11 * MS + 13)
             if xen.current is reader.vcpus[0]:
                 rounds = word(reader, xen, "rounds")
                 while word(reader, xen, "rounds") == rounds:
@@ -371,6 +372,64 @@ class TestVcpuOp:
         assert calls.xen.timers.due == calls.xen.now + MS
 
 
+class TestNmi:
+    # Sends itself one, and another from within the handler of the first.
+    GUEST = """
+start:  mov esp, offset stack
+        mov ebx, offset table
+        mov eax, __HYPERVISOR_set_trap_table
+        int 0x82
+        call send
+        mov esi, [count]
+loop:   jmp loop
+send:   xor edx, edx
+        xor ecx, ecx
+        mov ebx, 11
+        mov eax, __HYPERVISOR_vcpu_op
+        int 0x82
+        mov edi, eax
+        ret
+handler:
+        inc dword ptr [count]
+        inc dword ptr [depth]
+        mov eax, [depth]
+        or [deepest], eax
+        cmp dword ptr [count], 1
+        jne done
+        call send
+done:   dec dword ptr [depth]
+        mov eax, 0x55
+        push eax
+        mov eax, __HYPERVISOR_iret
+        int 0x82
+table:  .byte 2, 4
+        .short FLAT_RING1_CS
+        .long {handler}, 0, 0
+        .align 4
+count:  .long 0
+depth:  .long 0
+deepest: .long 0
+        .skip 512
+stack:
+"""
+
+    def test_one_at_a_time(self, mode: PagingMode) -> None:
+        xen, (domain,) = machine(self.GUEST.format(handler="handler"), mode=mode)
+        xen.run(400)
+        assert not domain.report
+        assert [word(domain, xen, name) for name in ("count", "deepest")] == [2, 1]
+        assert (domain.vcpus[0].state.esi, domain.vcpus[0].state.edi) == (2, 0x55)
+        assert (domain.vcpus[0].nmi_pending, domain.vcpus[0].nmi_masked) == (False, False)
+
+    def test_without_a_handler_it_is_lost(self) -> None:
+        xen, (domain,) = machine(self.GUEST.format(handler="0"))
+        xen.run(400)
+        assert (domain.report, word(domain, xen, "count"), domain.vcpus[0].nmi_pending) == ("", 0, False)
+
+    def test_with_an_argument_it_is_refused(self, calls: Calls) -> None:
+        assert calls.op(VcpuOp.SEND_NMI) == -Errno.EINVAL
+
+
 class TestVcpuInfo:
     def mfn(self, calls: Calls, address: int) -> int:
         return calls.xen.guest_memory.machine_address(calls.vcpu, address, 4, False) >> PAGE_SHIFT
@@ -415,7 +474,7 @@ class TestVcpuInfo:
 
 class TestAccounts:
     def test_the_four_times_add_up(self) -> None:
-        xen, domains = machine(keeper(set_real(20 * MS_NS), set_real(90 * MS_NS)), SPIN, SPIN)
+        xen, domains = machine(keeper(set_real(20 * MS_NS), ONCE + set_real(90 * MS_NS) + "over:"), SPIN, SPIN)
         for step in range(30):
             xen.run(5 * MS + step)
             if step == 10:

@@ -145,8 +145,9 @@ def test_the_hypercall_that_changed_a_page_table(portable: bool) -> None:
     assert timeline.run_to(watch) == change
 
 
-def test_a_store_into_a_page_table_is_told_with_what_became_of_it() -> None:
-    timeline = timeline_of(BUSY, BY_STORE)
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_store_into_a_page_table_is_told_with_what_became_of_it(portable: bool) -> None:
+    timeline = timeline_of(BUSY, BY_STORE, portable=portable)
     watch = table_of(timeline, 1)
     timeline.run(1000)
     change = timeline.last_change(watch)
@@ -158,8 +159,9 @@ def test_a_store_into_a_page_table_is_told_with_what_became_of_it() -> None:
     assert changes_of(timeline, watch, 300)[-1] == change.time
 
 
-def test_what_was_changed_and_changed_back_is_found() -> None:
-    timeline = timeline_of(STORES)
+@pytest.mark.parametrize("portable", [False, True])
+def test_what_was_changed_and_changed_back_is_found(portable: bool) -> None:
+    timeline = timeline_of(STORES, portable=portable)
     watch = FrameContent(frame_of(timeline.hypervisor, 0, "number"))
     timeline.run(5000)
     change = timeline.last_change(watch)
@@ -177,6 +179,38 @@ def test_what_was_changed_and_changed_back_is_found() -> None:
     assert timeline.back_to(watch) == first
     assert timeline.back_to(watch) is None
     assert timeline.position == 52
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_store_that_reaches_over_from_the_page_before(portable: bool) -> None:
+    source = STORES.replace("[number]", "[number + 4094]").replace(
+        "number: .long 0", "number: .space 4096\nnext: .long 0"
+    )
+    source = source.replace("0x1234", "0x12345678").replace(", 0\n", ", 0x12340000\n")
+    timeline = timeline_of(source, portable=portable)
+    watch = FrameContent(frame_of(timeline.hypervisor, 0, "next"))
+    timeline.run(1000)
+    change = timeline.last_change(watch)
+    assert change is not None
+    assert (change.time, change.cause, change.difference) == (52, Cause.STORE, "0x000: 0x00000000 -> 0x00001234")
+    timeline.seek(10)
+    assert timeline.run_to(watch) == change
+
+
+def test_the_mmu_marks_a_page_as_written() -> None:
+    timeline = timeline_of(STORES)
+    xen = timeline.hypervisor
+    table, index = xen.mmu.leaf_of(xen.domains[0].vcpus[0], xen.domains[0].symbols["number"])
+    xen.memory.words[(table << 12) + 4 * index >> 2] &= ~0x60
+    timeline.rebase()
+    watch = FrameContent(table)
+    timeline.run(1000)
+    change = timeline.last_change(watch)
+    assert change is not None
+    assert (change.time, change.cause, change.domain) == (52, Cause.MMU, 0)
+    assert "the MMU marked a page-table entry as used, at 0x" in str(change)
+    timeline.seek(20)
+    assert timeline.run_to(watch) == change
 
 
 def test_never_changed() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from xenlab.errors import HypercallError
 from xenlab.grading import balloons, schedules
+from xenlab.grading.bounce_slot import Bounced, BounceSlot
 from xenlab.grading.decisions import (
     MAX_DECISIONS,
     Decision,
@@ -35,7 +36,7 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY, EVENT_BITS, SCHEDULER = "flush_policy", "event_bits", "scheduler"
+FLUSH_POLICY, EVENT_BITS, BOUNCE, SCHEDULER = "flush_policy", "event_bits", "bounce", "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, SCHEDULER, or empty for an exercise
-            whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, BOUNCE, SCHEDULER, or empty for
+            an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
         scenarios: of the guests that run with others, by name; see `balloons`, `event_slot` and `schedules`.
@@ -94,6 +95,7 @@ class Run:
         flushes: what a flush policy was asked, and answered.
         scheduled: what a scheduler was told and asked, and answered.
         event_questions: what event bits were asked, and answered.
+        bounced: what a bounce was asked, and answered.
     """
 
     xen: Hypervisor
@@ -107,6 +109,7 @@ class Run:
     flushes: Sequence[Asked] = ()
     scheduled: Sequence[schedules.Call] = ()
     event_questions: Sequence[EventQuestion] = ()
+    bounced: Sequence[Bounced] = ()
 
     def of(self, kind: Kind) -> list[Event]:
         """The events of one kind."""
@@ -181,8 +184,18 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
     emulator = EmulatorSlot(sink, part) if slot.kind == EMULATOR else None
     hypercalls = {slot.number: HypercallSlot(sink, part)} if slot.kind == HYPERCALL else None
     flushes = FlushSlot(sink, FlushClock(*slot.rules), part) if slot.kind == FLUSH_POLICY else None
-    xen = Hypervisor(Machine(MEMORY_MIB), emulator=emulator, hypercalls=hypercalls, flush_policy=flushes, trace=trace)
+    bounce = BounceSlot(sink, part) if slot.kind == BOUNCE else None
+    xen = Hypervisor(
+        Machine(MEMORY_MIB),
+        emulator=emulator,
+        hypercalls=hypercalls,
+        flush_policy=flushes,
+        bounce=bounce,
+        trace=trace,
+    )
     domain = boot(xen, image)
+    if bounce is not None:
+        bounce.now = lambda: xen.now
     if flushes is not None:
         flushes.begin(xen)
     problem = ""
@@ -190,7 +203,10 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         xen.run(budget)
     except Unusable as reason:
         problem = str(reason)
-    return Run(xen, domain, trace.events(), problem, flushes=flushes.asked if flushes is not None else ())
+    flushed = flushes.asked if flushes is not None else ()
+    return Run(
+        xen, domain, trace.events(), problem, flushes=flushed, bounced=bounce.asked if bounce is not None else ()
+    )
 
 
 def record(image: Image, slot: Slot, part: Callable[[], Any]) -> list[Decision]:
@@ -211,6 +227,7 @@ def replay(image: Image, slot: Slot, decisions: Any) -> Run:
 
 __all__ = [
     "BALLOON",
+    "BOUNCE",
     "EMULATOR",
     "EVENT_BITS",
     "FLUSH_POLICY",

@@ -7,8 +7,8 @@ the first two in one hypercall, later ones name each on its own.
 The invariant: a callback is entered in a ring that is not the hypervisor's: a selector of ring 0 is moved to ring 1.
 What breaks without it: a guest has its own code run in ring 0.
 
-Of these only the event callback and the handler of NMIs are places that something comes to here: the emulated CPU's
-SYSENTER and SYSCALL fault, and no segment register is restored that a guest could have spoilt meanwhile.
+Of these the ones for SYSENTER and SYSCALL are never entered: on the emulated CPU both instructions fault.  For the
+failsafe callback see `segment_registers`.
 
 Numbers and errnos are those of callback.h, nmi.h and Xen's arch/x86/pv/callback.c for 32-bit guests.
 """
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
 
+_MASKS_EVENTS = 1  # CALLBACKF_mask_events in callback.h
+
+
 class Callbacks:
     """The hypercalls that register them."""
 
@@ -36,16 +39,17 @@ class Callbacks:
         xen.hypercalls.register(Hypercall.callback_op, self.callback_op)
         xen.hypercalls.register(Hypercall.nmi_op, self.nmi_op)
 
-    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, *_: int) -> int:
-        """Register the event callback, and one for a return that fails, which is never called here."""
+    def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, cs: int = 0, eip: int = 0, *_: int) -> int:
+        """Register the event callback, and one for a vCPU whose segment registers cannot be loaded any more."""
         vcpu.event_callback = _callback(event_cs, event_eip)
+        vcpu.failsafe_callback = _failsafe(cs, eip, 0)
         return 0
 
     def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Register or unregister one callback; all but that for NMIs can only be replaced."""
         if command == CallbackOp.REGISTER:
             kind, cs, eip = self._guest.read_words(vcpu, address, 3)
-            return _register(vcpu, _known(kind), cs, eip)
+            return _register(vcpu, _known(kind), cs, eip, kind >> 16)
         if command != CallbackOp.UNREGISTER:
             raise HypercallError(Errno.EINVAL)
         if _known(self._guest.read_word(vcpu, address)) != CallbackType.NMI:
@@ -72,9 +76,11 @@ def _known(word: int) -> CallbackType:
         raise HypercallError(Errno.ENOSYS) from None
 
 
-def _register(vcpu: Vcpu, kind: CallbackType, cs: int, eip: int) -> int:
+def _register(vcpu: Vcpu, kind: CallbackType, cs: int, eip: int, flags: int = 0) -> int:
     if kind == CallbackType.EVENT:
         vcpu.event_callback = _callback(cs, eip)
+    elif kind == CallbackType.FAILSAFE:
+        vcpu.failsafe_callback = _failsafe(cs, eip, flags)
     elif kind == CallbackType.NMI:
         # Whatever segment was named; at address 0 there is no handler.
         vcpu.traps[NMI] = _callback(FLAT_RING1_CS, eip) if eip else None
@@ -83,3 +89,7 @@ def _register(vcpu: Vcpu, kind: CallbackType, cs: int, eip: int) -> int:
 
 def _callback(cs: int, eip: int) -> Gate:
     return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
+
+
+def _failsafe(cs: int, eip: int, flags: int) -> Gate | None:
+    return Gate(checked_selector(cs & 0xFFFF), eip, 0, bool(flags & _MASKS_EVENTS)) if eip else None

@@ -27,6 +27,7 @@ from xenlab.errors import HypercallError, PartError, XenlabError
 from xenlab.hypervisor import lifecycle, saving
 from xenlab.hypervisor.accounting import change_places, settle
 from xenlab.hypervisor.alarms import Alarms
+from xenlab.hypervisor.bounce import Bounce
 from xenlab.hypervisor.checked_types import CheckedTypes
 from xenlab.hypervisor.clocks import Clocks
 from xenlab.hypervisor.descriptor_tables import DescriptorTables
@@ -75,6 +76,7 @@ class Hypervisor:
         hypercalls: further hypercalls by number, written in plain values.
         alarms: the two alarm timers of each vCPU; ours if not given.
         page_types: types and counts of frames; ours on the frame table if not given.
+        bounce: frames of exceptions; Xen's if not given.
         flush_policy: when a frame that changes its use needs the TLB emptied; only if it must be, if not given.
         event_bits: what becomes of an event's bits; Xen's rules, on the page itself, if not given.
         trace: where events are recorded; None for no recording.
@@ -91,7 +93,7 @@ class Hypervisor:
     # In a dictionary, more than thirty attributes are read more slowly by a tenth of a trap.
     # fmt: off
     __slots__ = (
-        "_bytes", "_fault", "_handlers", "_trace", "_upcall", "allowance", "clocks", "cpu", "current",
+        "_bytes", "_fault", "_handlers", "_trace", "_upcall", "allowance", "bounce", "clocks", "cpu", "current",
         "descriptor_tables", "domains", "emulator", "events", "exceptions", "frames", "guest_memory",
         "hypercalls", "inputs", "machine", "memory", "memory_ops", "mmu", "page_tables", "page_types",
         "pick_needed", "recorder", "reservations", "scheduler", "services", "shared_pages", "slice_end", "timers",
@@ -110,13 +112,14 @@ class Hypervisor:
         page_types: PageTypes | None = None,
         flush_policy: FlushPolicy | None = None,
         event_bits: EventBits | None = None,
+        bounce: Bounce | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.machine = machine or Machine()
         self.memory = self.machine.memory
         self.cpu = self.machine.cpu
         self.scheduler: Scheduler = scheduler or RoundRobin()
-        self.emulator = emulator or PrivilegedInstructions()
+        self.emulator, self.bounce = emulator or PrivilegedInstructions(), bounce
         self.trace = trace
         self.domains: dict[int, Domain] = {}
         self.allowance = Allowance()
@@ -136,8 +139,7 @@ class Hypervisor:
         self.inputs = InputQueue()
         self.current: Vcpu | None = None
         self.vcpus: dict[int, Vcpu] = {}
-        self.slice_end = 0
-        self.pick_needed = False
+        self.slice_end, self.pick_needed = 0, False
         self.cpu.handler = self.trap
         self.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
         self.cpu.set_tss(TSS_BASE, TSS_FRAME << PAGE_SHIFT)
@@ -147,7 +149,7 @@ class Hypervisor:
         self.frames = FrameTable(self.memory)
         self.page_types = page_types or FrameTypes(self.frames)
         self.tlb = Tlb(self.cpu, self.frames, flush_policy or FlushIfStale(), partial(self._record_here, Kind.FLUSH))
-        self.reservations = Reservations(self.frames, self.tlb, self.domains, self._forget_code)
+        self.reservations = Reservations(self.frames, self.tlb, self.domains, self.cpu.forget_code)
         self.descriptor_tables = DescriptorTables(self)
         self.page_tables = self.reservations.tables = PageTables(
             self.memory,
@@ -163,9 +165,6 @@ class Hypervisor:
         self.mmu = Mmu(self)
         self.memory_ops = MemoryOps(self)
 
-    def _forget_code(self, mfn: int) -> None:
-        self.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
-
     def _record_here(self, kind: Kind, *values: Any) -> None:
         self.record(kind, self.current.domid if self.current else NO_DOMAIN, *values)
 
@@ -178,8 +177,7 @@ class Hypervisor:
     def trace(self, trace: Trace | None) -> None:
         self._trace = trace
         self.recorder = trace.record if trace is not None else None
-        watcher = lambda vector, passage: self._record_here(Kind.GATE, vector, *passage)  # noqa: E731
-        self.cpu.gates.watcher = watcher if trace is not None else None
+        self.cpu.gates.watcher = partial(self._record_here, Kind.GATE) if trace is not None else None
 
     @property
     def now(self) -> int:
@@ -356,7 +354,9 @@ class Hypervisor:
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
             if chosen is not None:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
-        if chosen is not None and chosen.event_callback is not None and self._bytes[chosen.info]:
+        if chosen is not None and chosen.failing:
+            self.exceptions.segment_registers.go_on(chosen)
+        if chosen is not None and not self.pick_needed and chosen.event_callback is not None:
             self._upcall(chosen)
 
     def _wrong_pick(self, found: object) -> PartError:

@@ -104,6 +104,7 @@ class DescriptorTables:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._memory, self._guest, self._frames = xen, xen.memory, xen.guest_memory, xen.frames
+        xen.traps.segments.page_in = self.page_in_ldt
         xen.hypercalls.register(Hypercall.set_gdt, self.set_gdt)
         xen.hypercalls.register(Hypercall.update_descriptor, self.update_descriptor)
 
@@ -139,6 +140,7 @@ class DescriptorTables:
         self._drop_all(vcpu.domain, vcpu.gdt)
         vcpu.gdt = frames
         self._xen.tlb.flush(DESCRIPTORS)
+        self._xen.exceptions.segment_registers.reload(vcpu.domain)
         return 0
 
     def _take(self, domain: Domain, mfn: int) -> None:
@@ -177,6 +179,8 @@ class DescriptorTables:
         self._memory.qwords[address >> 3] = value
         self._xen.page_tables.drop(domain, mfn, use)
         self._xen.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
+        if use == Use.DESCRIPTORS:
+            self._xen.exceptions.segment_registers.reload(domain)
         return 0
 
     def set_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
@@ -187,6 +191,7 @@ class DescriptorTables:
         self.forget_ldt(vcpu)
         vcpu.ldt = address, entries
         vcpu.state.set_ldt(LDT_BASE if entries else 0, max(entries * DESCRIPTOR_SIZE - 1, 0))
+        self._xen.exceptions.segment_registers.reload(vcpu.domain)
 
     def forget_ldt(self, vcpu: Vcpu) -> None:
         """Drop the pages of the LDT that the CPU has asked for."""

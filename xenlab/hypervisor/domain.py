@@ -100,6 +100,10 @@ class Vcpu:
         state: registers while it is not running.
         traps: the virtual trap table; None where no handler is registered.
         event_callback: where it takes events, None before it has said so.
+        nmi_pending: whether it was sent an NMI that it has not got yet.
+        nmi_masked: whether it handles one, and gets no other before its next ``iret`` hypercall.
+        failsafe_callback: where it goes on when its segment registers cannot be loaded, None before it has said so.
+        failing: whether that is due.
         polling: the port that it sleeps for (`events.poll`), -1 for any, 0 for none.
         kernel_ss, kernel_esp: stack for entries from ring 3.
         control: virtual control and debug registers by name.
@@ -130,6 +134,10 @@ class Vcpu:
     state: CpuState
     traps: list[Gate | None] = field(default_factory=lambda: [None] * VECTORS)
     event_callback: Gate | None = None
+    failsafe_callback: Gate | None = None
+    nmi_pending: bool = False
+    nmi_masked: bool = False
+    failing: bool = False
     polling: int = 0
     kernel_ss: int = 0
     kernel_esp: int = 0
@@ -193,6 +201,8 @@ class Vcpu:
             "clocks": (self.record_due, self.attended, self.tick_period, self.last_tick),
             "areas": (self.runstate_area, self.time_area),
             "gate": self.state.gate,
+            "failsafe": (self.failsafe_callback, self.failing),
+            "nmi": (self.nmi_pending, self.nmi_masked),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -212,6 +222,8 @@ class Vcpu:
         self.record_due, self.attended, self.tick_period, self.last_tick = saved["clocks"]
         self.runstate_area, self.time_area = saved["areas"]
         self.state.gate = saved["gate"]
+        self.failsafe_callback, self.failing = saved["failsafe"]
+        self.nmi_pending, self.nmi_masked = saved["nmi"]
         self.state.inner_stack = self.kernel_esp, self.kernel_ss
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
 from xenlab.errors import HypercallError
+from xenlab.hypervisor.bounce import BounceDelivery
 from xenlab.hypervisor.breakpoints import Breakpoints
 from xenlab.hypervisor.debug_registers import SINGLE_STEP
 from xenlab.hypervisor.domain import Vcpu
@@ -30,13 +31,14 @@ from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.port_io import Faulted, carry_out_port
 from xenlab.hypervisor.preemption import Preempted
+from xenlab.hypervisor.segment_registers import SegmentRegisters
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable
+from xenlab.hypervisor.traps import BadReturn, Undeliverable
 from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
 from xenlab.hypervisor.writable_tables import WritableTables
-from xenlab.machine.memory import PAGE_SHIFT
+from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.state import CR0_TS, TF
-from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
+from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NMI, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -45,9 +47,12 @@ _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
 # So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
 _TRIPLE = 3
+_OF_FETCHES = frozenset((PAGE_FAULT, PROTECTION))
 _USER_ACCESS = 4  # in a page fault's error code
 _USER_RING = 3
 _READ_COUNTER = b"\x0f\x33"  # RDPMC
+_LOOKED_AT, _LAST_LOOKED_AT = 3, PAGE_SIZE - 3  # bytes of an invalid opcode, and where in a page all are in it
+_SECOND, _THIRD, _PAGE = _READ_COUNTER[1], PREFIX[2], -PAGE_SIZE
 _DONE = -1  # in place of a vector: nothing is left to hand to the guest
 _TRAP, _DELIVER = int(Kind.TRAP), int(Kind.DELIVER)
 
@@ -57,9 +62,12 @@ class Exceptions:
 
     def __init__(self, xen: Hypervisor) -> None:
         self._xen, self._traps, self._cpu = xen, xen.traps, xen.cpu
+        self._guest, self._bytes = xen.guest_memory, xen.memory.bytes
         self.breakpoints = Breakpoints(xen)
         self._orders = {"cr3": self._load_base, "hypercall_page": self._fill_page}
+        self._enter = xen.traps.deliver if xen.bounce is None else BounceDelivery(xen, xen.bounce).deliver
         self._open = WritableTables(xen, self._refused_store).open
+        self.segment_registers = SegmentRegisters(xen, self._deliver)
         xen.hypercalls.register(Hypercall.fpu_taskswitch, self.fpu_taskswitch)
 
     def handle(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
@@ -79,7 +87,7 @@ class Exceptions:
             record((now, _TRAP, vcpu.domid, vector, max(error, 0), address, frame[:8], frame[8], frame[9] & 3))
         if error == SOFTWARE:
             vector, error = self._traps.software_interrupt(vcpu, vector)
-        elif vector != PAGE_FAULT:
+        elif vector != PAGE_FAULT and (vector != INVALID_OPCODE or not self._is_plain(vcpu)):
             vector, error, address = self._looked_into(vcpu, vector, error, address)
             if vector == _DONE:
                 return
@@ -105,17 +113,28 @@ class Exceptions:
         set_task_switched(vcpu, bool(on))
         return 0
 
-    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> None:
+    def refuse_return(self, vcpu: Vcpu, fault: BadReturn) -> None:
+        """An ``iret`` to a segment that cannot be loaded: to the guest, its target raised the exception."""
+        self._deliver(vcpu, fault.vector, fault.error, 0, fault)
+
+    def take_nmi(self, vcpu: Vcpu) -> None:
+        """Let ``vcpu`` enter its handler if an NMI was sent to it and it is not in it; without one the NMI is lost."""
+        if vcpu.nmi_pending and not vcpu.nmi_masked:
+            vcpu.nmi_pending, vcpu.nmi_masked = False, vcpu.traps[NMI] is not None
+            if vcpu.nmi_masked:
+                self._deliver(vcpu, NMI, SOFTWARE, 0)
+
+    def _deliver(self, vcpu: Vcpu, vector: int, error: int, address: int, fault: BadReturn | None = None) -> None:
         try:
-            done = self._traps.deliver(vcpu, vector, error, address)
+            done = self._enter(vcpu, vector, error, address, fault.interrupted if fault else None)
         except Undeliverable as reason:
-            self._xen.crash(vcpu, str(reason))
+            self._xen.crash(vcpu, f"{fault}; {reason}" if fault else str(reason))
             return
         record = self._xen.recorder
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if address and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
+        if vector in _OF_FETCHES and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:
@@ -184,6 +203,22 @@ class Exceptions:
         state.eip = eip + len(code) & _U32
         changes = {"eax": a, "ebx": b, "ecx": c, "edx": d, "eip": state.eip}
         return self._carried_out(vcpu, code, eip, changes)
+
+    def _is_plain(self, vcpu: Vcpu) -> bool:
+        """Whether an invalid opcode is surely not what `_forced` looks for, by two of its bytes, mostly without a walk.
+
+        Like Xen, it takes the code segment for flat.
+        """
+        eip: int = vcpu.state.eip
+        page = vcpu.translations.get(eip & _PAGE) if vcpu.translated_at == self._cpu.flushes else None
+        offset = eip & ~_PAGE
+        if page is None or offset > _LAST_LOOKED_AT:
+            try:
+                page = self._guest.machine_address(vcpu, eip, _LOOKED_AT, False) - offset
+            except HypercallError:
+                return False
+        at, data = page + offset, self._bytes
+        return at >= 0 and data[at + 2] != _THIRD and data[at + 1] != _SECOND
 
     def _load_base(self, vcpu: Vcpu, cr3: int) -> None:
         """A move to CR3, in which frame numbers of more than 20 bits are turned round (xen.h, xen_cr3_to_pfn)."""

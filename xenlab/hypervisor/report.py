@@ -13,7 +13,10 @@ from xenlab.machine.engine import GENERAL
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
-_STACK_WORDS, _CODE_BYTES, _EVENTS = 8, 15, 5
+# The registers at a trap, or a hypercall, are too many for a line.
+_LONG = ("registers",)
+_STACK_WORDS, _CODE_BYTES, _EVENTS = 8, 15, 8
+_LONGEST_VALUE = 60
 
 
 def crash_report(hypervisor: Hypervisor, vcpu: Vcpu, reason: str) -> str:
@@ -50,10 +53,13 @@ def _registers(vcpu: Vcpu) -> list[str]:
     state = vcpu.state
     values = [f"{name} {value:08x}" for name, value in zip(GENERAL, state.general(), strict=True)]
     selectors = " ".join(f"{name} {state.segment(name).selector:04x}" for name in ("cs", "ss", "ds", "es", "fs", "gs"))
+    control = vcpu.control
     return [
         "  " + "  ".join(values[:4]),
         "  " + "  ".join(values[4:]),
         f"  eflags {state.eflags:08x}  {selectors}",
+        f"  cr0 {control['cr0']:08x}  cr2 {control['cr2']:08x}  cr3 {state.cr3:08x}  "
+        f"kernel stack {vcpu.kernel_ss:04x}:{vcpu.kernel_esp:08x}",
     ]
 
 
@@ -75,5 +81,16 @@ def _events(hypervisor: Hypervisor) -> list[str]:
     lines = ["  last events:"]
     for raw in hypervisor.trace.raw()[-_EVENTS:]:
         event = decode(raw)
-        lines.append(f"    {event.time:>10} {event.kind.name.lower()} domain {event.domain}")
+        whose = f"domain {event.domain}" if event.domain >= 0 else "nobody"
+        values = ", ".join(f"{name} {_shown(value)}" for name, value in event.values.items() if name not in _LONG)
+        lines.append(f"    {event.time:>10} {event.kind.name.lower()}, {whose}: {values}")
     return lines
+
+
+def _shown(value: object) -> str:
+    """A value of an event in at most `_LONGEST_VALUE` characters; frames are told in words."""
+    if isinstance(value, tuple) and all(isinstance(word, int) for word in value):
+        text = " ".join(f"{word:08x}" for word in value)
+    else:
+        text = f"{value:#x}" if isinstance(value, int) and not -10 < value < 10 else str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

@@ -21,6 +21,7 @@ from xenlab.hypervisor.frames import FREE, ORPHAN, OWNED, PINNED, FrameTable
 from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_tables import PageTables
 from xenlab.hypervisor.tlb import FREED, Tlb
+from xenlab.machine.memory import PAGE_SHIFT
 
 
 class Reservations:
@@ -29,11 +30,11 @@ class Reservations:
     Args:
         frames, tlb: the machine's.
         domains: by id.
-        forget_code: called with a frame whose contents have changed.
+        forget_code: called with the machine addresses of what has changed: the first, and the one behind.
     """
 
     def __init__(
-        self, frames: FrameTable, tlb: Tlb, domains: Mapping[int, Domain], forget_code: Callable[[int], None]
+        self, frames: FrameTable, tlb: Tlb, domains: Mapping[int, Domain], forget_code: Callable[[int, int], None]
     ) -> None:
         self._frames, self._tlb, self._domains, self._forget_code = frames, tlb, domains, forget_code
         self.tables: PageTables
@@ -92,7 +93,7 @@ class Reservations:
         # At once: a stale entry would let the old owner write to a frame that counts as scrubbed.
         self._tlb.reused(mfn, FREED)
         self._frames.release([mfn])
-        self._forget_code(mfn)
+        self._forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
 
     def reclaim(self, domain: Domain) -> None:
         """Take back all frames of a domain whose page tables are not walked any more."""

@@ -72,4 +72,6 @@ def _parts(xen: Hypervisor) -> list[tuple[str, object]]:
     ]
     if isinstance(xen.events, SlottedEvents):
         slots.append(("event_bits", xen.events.part))
+    if xen.bounce is not None:
+        slots.append(("bounce", xen.bounce))
     return slots + calls

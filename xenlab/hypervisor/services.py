@@ -27,7 +27,7 @@ from xenlab.hypervisor.domain import VECTORS, Domain, Vcpu
 from xenlab.hypervisor.physdev import PhysicalDevices, show_level
 from xenlab.hypervisor.preemption import Continuation
 from xenlab.hypervisor.trace import Kind
-from xenlab.hypervisor.traps import Undeliverable, gates_from_table, set_gate
+from xenlab.hypervisor.traps import BadReturn, Undeliverable, gates_from_table, set_gate
 from xenlab.hypervisor.version import Version
 from xenlab.machine.memory import PAGE_SIZE
 
@@ -95,10 +95,15 @@ class Services:
         """Return from an exception handler; the answer is the EAX that the frame held."""
         try:
             ring, eax = self._xen.traps.iret(vcpu)
+        except BadReturn as fault:
+            self._xen.exceptions.refuse_return(vcpu, fault)
+            return fault.eax
         except Undeliverable as reason:
             self._xen.crash(vcpu, str(reason))
             return 0
         self._xen.record(Kind.IRET, vcpu.domain.domid, ring, vcpu.state.eip)
+        vcpu.nmi_masked = False
+        self._xen.exceptions.take_nmi(vcpu)
         return eax
 
     def console_io(self, vcpu: Vcpu, command: int, count: int, address: int, *_: int) -> int:

@@ -45,6 +45,7 @@ class Kind(IntEnum):
     TIMER = 16  # vcpu, which of its timers went off
     GATE = 17  # the same as DELIVER, of what the CPU did without the hypervisor
     EVENT = 18  # port of the domain that it is for, who sent it (-1: the hypervisor), where it stopped (`events`)
+    FAILSAFE = 19  # from ring, to ring, callback's eip, frame address, frame words
 
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -63,6 +64,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.TABLE_WRITE: ("table", "changes", "kept"),
     Kind.REFUSED: ("table", "index", "entry", "errno"),
     Kind.MEMORY: ("what", "pages"),
+    Kind.FAILSAFE: ("from_ring", "to_ring", "handler", "frame", "words"),
     Kind.GATE: ("vector", "from_ring", "to_ring", "handler", "frame", "words"),
     Kind.UPCALL: ("from_ring", "to_ring", "handler", "frame", "words"),
     Kind.TIMER: ("vcpu", "timer"),

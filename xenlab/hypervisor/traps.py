@@ -22,8 +22,10 @@ handler in ring 0, or has the hypervisor push a frame over memory that is not it
 
 from __future__ import annotations
 
+from struct import pack
+
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.descriptors import checked_selector, code_segment, gate_may_name, stack_segment, usable_in
+from xenlab.hypervisor.descriptors import SegmentLookup, checked_selector, gate_may_name
 from xenlab.hypervisor.domain import VECTORS, Gate, Vcpu
 from xenlab.hypervisor.guest_memory import GuestMemory
 from xenlab.hypervisor.physdev import LEVEL_SHIFT, is_architectural, set_level
@@ -31,8 +33,18 @@ from xenlab.machine.engine import SEGMENTS
 from xenlab.machine.gates import TrapGate
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import USER_WRITE
-from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM
-from xenlab.machine.vectors import BREAKPOINT, OVERFLOW, PAGE_FAULT, PROTECTION, SOFTWARE, WITH_ERROR_CODE, vector_name
+from xenlab.machine.state import AC, ARITHMETIC, DF, ID, IF, IOPL, RF, TF, VM, Segment
+from xenlab.machine.vectors import (
+    BREAKPOINT,
+    NOT_PRESENT,
+    OVERFLOW,
+    PAGE_FAULT,
+    PROTECTION,
+    SOFTWARE,
+    STACK_FAULT,
+    WITH_ERROR_CODE,
+    vector_name,
+)
 
 KERNEL_RING, USER_RING = 1, 3
 # The one software interrupt whose gate the CPU takes itself.
@@ -52,10 +64,27 @@ _UPCALL_MASK, _CR2 = 1, 8
 # What a delivery did: ring before, ring in the handler, the handler's address, the frame's
 # address, and the frame's words from the lowest address up.
 Delivery = tuple[int, int, int, int, tuple[int, ...]]
+# ESP, EIP, EFLAGS, ring, CS and SS.
+Interrupted = tuple[int, int, int, int, int, int]
 
 
 class Undeliverable(Exception):
     """The guest cannot be given this exception; it has to be ended.  The text says why."""
+
+
+class BadReturn(Exception):
+    """The frame of an ``iret`` names a segment that the CPU could not load.
+
+    Attributes:
+        vector, error: the exception of the real IRET.
+        eax: what EAX becomes.
+        interrupted: where it would have gone: to the guest that is what was interrupted.
+    """
+
+    def __init__(self, vector: int, error: int, eax: int, interrupted: Interrupted) -> None:
+        *_rest, cs, ss = interrupted
+        super().__init__(f"iret to cs {cs:#x}, ss {ss:#x} raised {vector_name(vector)} with the code {error:#x}")
+        self.vector, self.error, self.eax, self.interrupted = vector, error, eax, interrupted
 
 
 class TrapDelivery:
@@ -64,9 +93,17 @@ class TrapDelivery:
     def __init__(self, memory: Memory, guest_memory: GuestMemory) -> None:
         self._memory, self._bytes = memory, memory.bytes
         self._guest = guest_memory
+        self.segments = SegmentLookup(memory)
 
-    def deliver(self, vcpu: Vcpu, vector: int, error: int, address: int) -> Delivery:
+    def deliver(
+        self, vcpu: Vcpu, vector: int, error: int, address: int, interrupted: Interrupted | None = None
+    ) -> Delivery:
         """Make ``vcpu`` enter its handler for ``vector``; an ``error`` of `SOFTWARE` means by INT, without one.
+
+        Args:
+            vcpu: which.
+            vector, error, address: the exception.
+            interrupted: what its frame says was interrupted, if that is not what the registers say.
 
         Raises:
             Undeliverable: when there is no handler, or its stack or code segment is unusable.
@@ -76,11 +113,11 @@ class TrapDelivery:
             where = f" at address {address:#010x}" if vector == PAGE_FAULT and error != SOFTWARE else ""
             raise Undeliverable(f"{_named(vector)}{where} and no handler registered for it")
         # The flat segments stand in a page that no guest can change: they need no looking up.
-        code = vcpu.flat_code.get(gate.cs) or code_segment(self._memory, vcpu, gate.cs)
+        code = vcpu.flat_code.get(gate.cs) or self.segments.code(vcpu, gate.cs)
         if code is None:
             raise Undeliverable(f"the handler for {_named(vector)} has the unusable code selector {gate.cs:#x}")
         state = vcpu.state
-        esp, eip, flags, ring, cs, ss = state.interrupted()
+        esp, eip, flags, ring, cs, ss = interrupted or state.interrupted()
         if flags & VM:
             # The emulated CPU lets any ring enter this mode by IRET; on an x86 only ring 0 can.
             raise Undeliverable(f"{_named(vector)} in virtual-8086 mode, which no guest may enter")
@@ -92,9 +129,7 @@ class TrapDelivery:
         if to_ring < ring:
             if vcpu.kernel_ss & 3 == to_ring:
                 stack = vcpu.flat_data.get(vcpu.kernel_ss)
-            stack = stack or stack_segment(self._memory, vcpu, vcpu.kernel_ss, to_ring)
-            if stack is None:
-                raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
+            stack = stack or self.entry_stack(vcpu, to_ring)
             words: tuple[int, ...] = (eip, cs, saved_flags, esp, ss)
             esp, base = vcpu.kernel_esp, stack.base
         elif to_ring > ring:
@@ -118,6 +153,29 @@ class TrapDelivery:
             self.set_event_mask(vcpu, 1)
         return ring, to_ring, gate.eip, frame, words
 
+    def entry_code(self, vcpu: Vcpu, selector: int) -> Segment | None:
+        """The code segment of a handler, or None where it cannot be entered."""
+        return vcpu.flat_code.get(selector) or self.segments.code(vcpu, selector)
+
+    def entry_stack(self, vcpu: Vcpu, ring: int) -> Segment:
+        """The stack segment for entries from outer rings into ``ring``.  Raises Undeliverable."""
+        stack = vcpu.flat_data.get(vcpu.kernel_ss) if vcpu.kernel_ss & 3 == ring else None
+        stack = stack or self.segments.stack(vcpu, vcpu.kernel_ss, ring)
+        if stack is None:
+            raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
+        return stack
+
+    def saved(self, vcpu: Vcpu, cs: int, flags: int) -> tuple[int, int]:
+        """CS and EFLAGS as they stand in a frame, with the event mask in them."""
+        mask = self._bytes[vcpu.info + _UPCALL_MASK] & 1
+        return cs | mask << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS | (0 if mask else IF) | vcpu.shown_level
+
+    def go_to(self, vcpu: Vcpu, gate: Gate, code: Segment, flags: int, frame: int, stack: Segment | None) -> None:
+        """Go on at a gate's handler, with its frame on the stack."""
+        vcpu.state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY, frame, stack)
+        if gate.masks_events:
+            self.set_event_mask(vcpu, 1)
+
     def iret(self, vcpu: Vcpu) -> tuple[int, int]:
         """The ``iret`` hypercall: return from a handler to the frame on the stack.
 
@@ -128,27 +186,53 @@ class TrapDelivery:
             The ring returned to and EAX.
 
         Raises:
-            Undeliverable: when the frame cannot be read or names an unusable segment.
+            Undeliverable: when the frame cannot be read, or leads to ring 0.
+            BadReturn: when it names a segment that cannot be loaded.
         """
         state = vcpu.state
         from_ring, base, top = state.cpl, state.segment("ss").base, state.esp
         eax, eip, cs, flags = self._pop(vcpu, base + top, 4)
-        cs = checked_selector(cs & 0xFFFF)
-        ring = cs & 3
-        code, stack, esp = code_segment(self._memory, vcpu, cs), None, top + 16 & 0xFFFF_FFFF
-        if code is None or ring < from_ring:
-            raise Undeliverable(f"iret to the unusable code selector {cs:#x}")
+        cs, ring = cs & 0xFFFF, cs & 3
+        if flags & VM:
+            self._refuse_virtual_8086(vcpu, self._pop(vcpu, base + top + 4, 5) + self._pop(vcpu, base + top + 24, 4))
+            return state.cpl, eax
+        if ring < from_ring:
+            raise Undeliverable(f"iret to ring {ring}, by the code selector {cs:#x}")
+        stack, esp, ss = None, top + 16 & 0xFFFF_FFFF, 0
         if ring > from_ring:
             esp, ss = self._pop(vcpu, base + top + 16, 2)
-            stack = stack_segment(self._memory, vcpu, ss & 0xFFFF, ring)
-            if stack is None:
-                raise Undeliverable(f"iret to the unusable stack selector {ss & 0xFFFF:#x}")
-            self._clear_inner_segments(vcpu, ring)
+            ss &= 0xFFFF
+            stack = vcpu.flat_data.get(ss) if ss & 3 == ring else None
+            stack = stack or self.segments.stack(vcpu, ss, ring)
         if is_architectural(vcpu):
             set_level(vcpu, flags >> LEVEL_SHIFT & 3)
-        state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         self.set_event_mask(vcpu, 0 if flags & IF else 1)
+        code = vcpu.flat_code.get(cs) or self.segments.code(vcpu, cs)
+        if code is None or (stack is None and ring > from_ring):
+            fault = self._return_fault(vcpu, cs, ss, code is None)
+            raise BadReturn(*fault, eax, (esp, eip, flags & _RETURNED_FLAGS | IF, ring, cs, ss))
+        if ring > from_ring:
+            self._clear_inner_segments(vcpu, ring)
+        state.transfer(code, eip, flags & _RETURNED_FLAGS | IF, esp, stack)
         return ring, eax
+
+    def _return_fault(self, vcpu: Vcpu, cs: int, ss: int, by_code: bool) -> tuple[int, int]:
+        """Vector and error code of an IRET that cannot load CS, or SS."""
+        selector, absent = (cs, NOT_PRESENT) if by_code else (ss, STACK_FAULT)
+        return absent if self.segments.is_absent(vcpu, selector) else PROTECTION, selector & 0xFFFC
+
+    def _refuse_virtual_8086(self, vcpu: Vcpu, words: tuple[int, ...]) -> None:
+        """A return to virtual-8086 mode is #GP at its first instruction, on the kernel's stack."""
+        gate, flags, frame = vcpu.traps[PROTECTION], words[2], vcpu.kernel_esp - 40 & 0xFFFF_FFFF
+        code, stack = self.entry_code(vcpu, gate.cs) if gate else None, self.entry_stack(vcpu, KERNEL_RING)
+        if gate is None or code is None or code.selector & 3 != KERNEL_RING:
+            raise Undeliverable("iret to virtual-8086 mode, and no handler of #GP that can be entered")
+        try:
+            self._guest.write(vcpu, stack.base + frame & 0xFFFF_FFFF, pack("<10I", 0, *words))
+        except HypercallError:
+            raise Undeliverable(f"the frame for an iret to virtual-8086 mode at {frame:#010x}") from None
+        vcpu.state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY | IF, frame, stack)
+        self.set_event_mask(vcpu, 0 if flags & IF and not gate.masks_events else 1)
 
     def software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:
         """Vector and error code for ``int n``: its gate's if the privilege allows, else #GP at the instruction."""
@@ -175,7 +259,7 @@ class TrapDelivery:
     def _clear_inner_segments(self, vcpu: Vcpu, ring: int) -> None:
         """On a return outwards the CPU empties data segments that the outer ring may not use."""
         for name, selector in zip(SEGMENTS, vcpu.state.selectors(), strict=True):
-            if name not in ("cs", "ss") and selector and not usable_in(self._memory, vcpu, selector, ring):
+            if name not in ("cs", "ss") and selector and not self.segments.usable_in(vcpu, selector, ring):
                 vcpu.state.load_segment(name, 0, None)
 
     def set_event_mask(self, vcpu: Vcpu, mask: int) -> None:

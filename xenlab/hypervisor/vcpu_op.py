@@ -145,6 +145,12 @@ class VcpuOps:
         self._xen.memory.words[place + _SELECTOR >> 2] = 0xFFFF_FFFF
         memory[place] |= 1
 
+    def _send_nmi(self, _vcpu: Vcpu, target: Vcpu, address: int) -> None:
+        if address:
+            raise HypercallError(Errno.EINVAL)
+        target.nmi_pending = True
+        self._xen.exceptions.take_nmi(target)
+
     def _get_physid(self, _vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
         raise HypercallError(Errno.EINVAL)  # no vCPU is bound to a physical one
 
@@ -166,6 +172,7 @@ _COMMANDS: dict[int, Callable[[VcpuOps, Vcpu, Vcpu, int], int | None]] = {
     VcpuOp.SET_SINGLESHOT_TIMER: VcpuOps._set_single_shot,
     VcpuOp.STOP_SINGLESHOT_TIMER: VcpuOps._stop_single_shot,
     VcpuOp.REGISTER_VCPU_INFO: VcpuOps._register_info,
+    VcpuOp.SEND_NMI: VcpuOps._send_nmi,
     VcpuOp.GET_PHYSID: VcpuOps._get_physid,
     VcpuOp.REGISTER_VCPU_TIME_MEMORY_AREA: VcpuOps._register_time,
 }

@@ -160,6 +160,7 @@ class Engine:
         """
         callback = MEMORY_CALLBACK(stored)
         hook = self._hook(unicorn.UC_HOOK_MEM_WRITE, callback, begin, end - 1)
+        self.uc.ctl_flush_tb()  # code that is already translated need not report
 
         def finish(_kept: Any = callback) -> None:
             _hook_del(self.handle, hook)

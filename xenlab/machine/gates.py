@@ -32,8 +32,6 @@ _U32 = 0xFFFF_FFFF
 _PAGE, _OFFSET = ~(PAGE_SIZE - 1), PAGE_SIZE - 1
 _FRAMES = {count: Struct(f"<{count}I").pack_into for count in (3, 5)}
 _LAST_IN_PAGE = PAGE_SIZE - 20
-# Ring before and after, the handler's address, the frame's address and its words from the lowest address up.
-Passage = tuple[int, int, int, int, tuple[int, ...]]
 
 
 class TrapGate(NamedTuple):
@@ -73,10 +71,11 @@ class Gates:
 
     Attributes:
         taken: how often.
-        watcher: told of each passage as ``watcher(vector, passage)``; None for nobody.
+        watcher: told of each passage, None for nobody: of the vector, the rings before and after, the handler's
+            address, the frame's address and its words from the lowest address up.
     """
 
-    watcher: Callable[[int, Passage], None] | None
+    watcher: Callable[[int, int, int, int, int, tuple[int, ...]], None] | None
 
     def __init__(self, memory: Memory, forget_code: Callable[[int, int], None]) -> None:
         self._memory, self._bytes, self._forget_code = memory, memory.bytes, forget_code
@@ -122,7 +121,7 @@ class Gates:
         state.transfer(code, gate.eip, flags & _KEPT, frame, stack)
         self.taken += 1
         if self.watcher is not None:
-            self.watcher(gate.vector, (ring, to_ring, gate.eip, frame, words))
+            self.watcher(gate.vector, ring, to_ring, gate.eip, frame, words)
         return True
 
     def _code(self, state: CpuState, selector: int, ring: int) -> Segment | None:

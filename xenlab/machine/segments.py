@@ -59,6 +59,11 @@ class Descriptor:
         return self.access & (S_BIT | CODE | WRITABLE) == S_BIT | WRITABLE
 
     @property
+    def is_readable(self) -> bool:
+        """Whether a data segment register may hold it: data, or code that can be read."""
+        return self.is_segment and bool(self.access & CODE == 0 or self.access & WRITABLE)
+
+    @property
     def is_conforming(self) -> bool:
         return self.is_code and bool(self.access & CONFORMING)
 

@@ -24,7 +24,7 @@ PARTS = "parts"
 _PIECE = 4096  # bytes
 _LONG = 1024  # items of a sequence, beyond which they are not looked at one by one
 _SHORT = 64  # of one that may hold something large
-_PLAIN = (int, bytes, str, array)
+_PLAIN = (int, bytes, str)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,26 +51,22 @@ def own_bytes(state: dict[str, Any], before: dict[str, Any]) -> int:
     return sum(len(piece) for piece in _pieces(state) if id(piece) not in known)
 
 
-def _share(new: Any, old: Any) -> Any:
+def _share(new: Any, old: Any, *, cut: bool = True) -> Any:
     kind = type(new)
+    if cut and kind is array and len(new) * new.itemsize > _PIECE:
+        return _cut(new, old)
     if kind is dict:
-        return _share_mapping(new, old if type(old) is dict else {})
+        return _share_mapping(new, old if type(old) is dict else {}, cut)
     if kind is tuple or kind is list:
         return _share_sequence(new, old if type(old) is kind else kind())
     return old if kind is type(old) and kind in _PLAIN and new == old else new
 
 
-def _share_mapping(new: dict[Any, Any], old: dict[Any, Any]) -> dict[Any, Any]:
-    shared = {key: _share_value(value, old.get(key)) for key, value in new.items()}
+def _share_mapping(new: dict[Any, Any], old: dict[Any, Any], cut: bool) -> dict[Any, Any]:
+    shared = {key: _share(value, old.get(key), cut=cut) for key, value in new.items()}
     # In the same order, too, which may be that of domains in a table.
     same = len(shared) == len(old) and all(map(is_, shared.values(), old.values())) and list(shared) == list(old)
     return old if same else shared
-
-
-def _share_value(new: Any, old: Any) -> Any:
-    if type(new) is array and len(new) * new.itemsize > _PIECE:
-        return _cut(new, old)
-    return _share(new, old)
 
 
 def _share_sequence(new: Any, old: Any) -> Any:
@@ -78,7 +74,8 @@ def _share_sequence(new: Any, old: Any) -> Any:
         return old
     if len(new) != len(old) or len(new) > _LONG:
         return new
-    shared = [_share(one, other) for one, other in zip(new, old, strict=True)]
+    # Nothing in there is cut, so that it need not be searched for pieces.
+    shared = [_share(one, other, cut=False) for one, other in zip(new, old, strict=True)]
     return old if all(map(is_, shared, old)) else type(new)(shared)
 
 

@@ -12,7 +12,7 @@ The invariant: the state at a time does not depend on the way there.  It rests o
    has done it, since there is nothing behind it to wait for.
 2. The TLB is emptied at each multiple of ``interval`` from where the timeline begins, on
    the first run as on every replay: going back to a snapshot loses the TLB, and a guest can
-   tell (a stale entry, a page fault more or less).
+   tell (a stale entry, a page fault more or less).  While no guest runs, once is enough.
 3. Everything from outside comes through `submit`.
 
 What breaks without it: a step back shows a machine that never was.  So a replay compares
@@ -40,9 +40,9 @@ DEFAULT_SNAPSHOT_MIB = 256
 # How far `run_to` goes.
 DEFAULT_MOST = 1_000_000_000
 # A snapshot is worth taking when running again to here from the one before it takes the host so many seconds, and so
-# many times as long as taking a snapshot does.  The first few are taken sooner, when there were as many
-# instructions as in so many intervals; an event counts as so many instructions.
-_WORTH_S, _WORTH_COSTS = 0.04, 32
+# many times as long as taking a snapshot does; but no step back should take longer than the most.  The first few
+# are taken sooner, when there were as many instructions as in so many intervals, an event counting as so many.
+_WORTH_S, _WORTH_COSTS, _MOST_S = 0.04, 32, 0.4
 _FIRST, _WORTH, _EVENT = 10, 10, 100
 # One right before the place that somebody went back to, if running there took so many times as long.
 _WORTH_NEAR = 2
@@ -281,7 +281,7 @@ class Timeline:
 
     def _is_worth_a_snapshot(self) -> bool:
         if self._snapshots.taken > _FIRST:
-            return self._work_since_snapshot() >= max(_WORTH_S, _WORTH_COSTS * self._snapshots.cost)
+            return self._work_since_snapshot() >= min(max(_WORTH_S, _WORTH_COSTS * self._snapshots.cost), _MOST_S)
         before = self._snapshots.latest(self.position)
         events = len(self._trace) - before.events
         return self.position - before.time + _EVENT * events >= _WORTH * self._interval

@@ -12,6 +12,7 @@ from xenlab.views.bars import BarsView, cost_bars
 from xenlab.views.calls import CallTimeline
 from xenlab.views.events import EventsView
 from xenlab.views.frame_map import FrameMap
+from xenlab.views.frames import FrameBuilder
 from xenlab.views.machine import MachineView
 from xenlab.views.matrix import Cell, InstructionMatrix, InstructionRow, Outcome
 from xenlab.views.p2m import P2mView
@@ -23,6 +24,7 @@ from xenlab.views.rings import RingsView
 from xenlab.views.schedule import ScheduleView
 from xenlab.views.sliders import Slider, allowance_slider, parameter_slider
 from xenlab.views.tlb import TlbView, space_bars
+from xenlab.views.traps import TrapTableView
 
 if TYPE_CHECKING:
     from xenlab.views.widget import LiveView
@@ -42,6 +44,7 @@ __all__ = [
     "CallTimeline",
     "Cell",
     "EventsView",
+    "FrameBuilder",
     "FrameMap",
     "InstructionMatrix",
     "InstructionRow",
@@ -55,6 +58,7 @@ __all__ = [
     "ScheduleView",
     "Slider",
     "TlbView",
+    "TrapTableView",
     "allowance_slider",
     "audit_report",
     "cost_bars",

@@ -1,0 +1,307 @@
+"""Exercise 07: what a bounce is asked, and what becomes of right, half-right, empty and hostile ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenlab.grading import exercise
+from xenlab.grading.bounce_slot import frame_of
+from xenlab.grading.decisions import Unusable
+from xenlab.grading.guests import image_from_source, record, replay
+from xenlab.grading.hidden.lesson_07 import guests as hidden_guests
+from xenlab.grading.instances import Choices, seed_of
+from xenlab.grading.lessons import lesson
+from xenlab.grading.lessons.agreement import IN_FRAME, Agreement
+from xenlab.grading.lessons.base import checks_of
+from xenlab.grading.report import Report
+
+Grade = Callable[..., Report]
+Read = Callable[[str], str]
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the system has no timer of CPU time")
+# Between them: both places of the error code and of the address, with and without a word for no error code.
+STUDENTS = ("", "ada", "bob")
+SEEDS = st.integers(0, (1 << 32) - 1)
+
+
+@pytest.fixture(scope="module")
+def answer_07(repository: Path) -> str:
+    """The instructor's answer, for Hypothesis, which runs a test many times with the same fixtures."""
+    cells = json.loads(next((repository / "solutions").glob("07-*.ipynb")).read_text(encoding="utf-8"))["cells"]
+    return next("".join(cell["source"]) for cell in cells if cell["metadata"].get("nbgrader", {}).get("solution"))
+
+
+def points(report: Report) -> tuple[int, ...]:
+    return tuple(check.points for check in report.checks)
+
+
+def messages(report: Report) -> str:
+    return "\n".join(check.message for check in report.checks)
+
+
+def test_the_students_of_these_tests_have_different_agreements() -> None:
+    made = [Agreement.chosen(Choices(seed_of(student), "07")) for student in STUDENTS]
+    assert {each.error for each in made} == {"below", "above"}
+    assert {each.address == IN_FRAME for each in made} == {True, False}
+    assert {bool(each.no_error) for each in made} == {True, False}
+    assert {each.clears_direction for each in made} == {True, False}
+
+
+# What is changed in the solution, the most points that are left, and what the report says.
+GATE = 'masked | gate["masks_events"]'
+MISTAKES: dict[str, tuple[str, str, tuple[int, int, int, int], str]] = {
+    "no writable": (" or not writable(esp, size)", "", (3, 3, 2, 0), "expected None, found a frame"),
+    "a word too few asked": ("writable(esp, size)", "writable(esp + 4, size - 4)", (3, 3, 2, 1), "expected None"),
+    "a word too many asked": (
+        "writable(esp, size)",
+        "writable(esp - 4, size + 4)",
+        (3, 3, 2, 1),
+        "it can be delivered",
+    ),
+    "stack of another ring": (
+        'stack["ss"] & 3 != to_ring or ',
+        "",
+        (3, 3, 2, 1),
+        "the kernel's stack has the selector",
+    ),
+    "trap flag left": ("0x54100", "0x54000", (3, 3, 1, 2), "in the handler EFLAGS has to be"),
+    "nested task left": ("0x54100", "0x50100", (3, 3, 1, 2), "in the handler EFLAGS has to be"),
+    "flags of the handler": ("words = [", 'saved["eflags"] &= ~0x54500\n        words = [', (3, 3, 1, 2), "is eflags"),
+    "mask not kept": ('masked << RULES["mask_bit"]', "0", (3, 3, 1, 2), "expected"),
+    "mask of Xen": ('RULES["mask_bit"]', "16", (3, 3, 1, 2), "expected"),
+    "IF never clear": ("(0 if masked else 0x200)", "0x200", (3, 3, 1, 2), "is eflags: expected"),
+    "gate unmasks": (GATE, 'gate["masks_events"]', (3, 3, 1, 2), "the event mask has to be 1"),
+    "gate never masks": (GATE, "masked", (3, 3, 1, 2), "the event mask has to be 1, it is 0"),
+    "kernel's stack always": ("stack = registers", "stack = kernel", (1, 0, 1, 0), "in the handler ESP has to be"),
+    "kernel's stack never": ("stack = kernel", "stack = registers", (0, 0, 0, 0), "it can be delivered"),
+    "one word too low": ("- size &", "- size - 4 &", (0, 0, 0, 0), "in the handler ESP has to be"),
+    "into ring 0": ('"cs": gate["cs"]', '"cs": gate["cs"] & ~3', (0, 0, 0, 0), "in the handler CS has to be"),
+    "order of Xen": ('RULES["words"]', '("eip", "cs", "eflags")', (0, 0, 0, 0), "from below is"),
+    "gives up always": ("stack = registers", "return None", (0, 0, 0, 0), "and the answer was None"),
+}
+# Where a student's agreement happens to be Xen's in this one point, the mistake is none.
+MAY_BE_RIGHT = {
+    "direction": ('0x400 if RULES["clears_direction"] else 0', "0"),
+    "address of Xen": ('shared[RULES["address"]]', "shared[8]"),
+    "no address": ('elif "address" in trap:', "elif False:"),
+    "error below": ('if RULES["error"] == "below" else', "if True else"),
+}
+
+
+def tried(answer: str, student: str) -> tuple[tuple[int, ...], str]:
+    """Points and messages of an answer, without a process of its own."""
+    made = lesson("07", seed_of(student))
+    namespace: dict[str, Any] = {"exercise": made}
+    exec(answer, namespace)
+    findings = []
+    for guest in made.guests() + hidden_guests(made):
+        image = image_from_source(guest.source, guest.name)
+        decisions = record(image, made.slot, namespace["MyBounce"])
+        findings.append(made.judge(guest, replay(image, made.slot, decisions), decisions))
+    found = tuple(check.points for check in checks_of(made.plan, findings))
+    return found, "\n".join(finding.message for finding in findings)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_costs_where_it_is_one(solution: Read, mistake: str, student: str) -> None:
+    there, instead, left, said = MISTAKES[mistake]
+    answer = solution("07")
+    assert there in answer
+    found, messages_found = tried(answer.replace(there, instead), student)
+    assert found == left, messages_found
+    assert said in messages_found
+
+
+@pytest.mark.parametrize("mistake", MAY_BE_RIGHT)
+def test_a_mistake_that_may_be_right_costs_somebody(solution: Read, mistake: str) -> None:
+    there, instead = MAY_BE_RIGHT[mistake]
+    assert there in solution("07")
+    scores = {sum(tried(solution("07").replace(there, instead), student)[0]) for student in STUDENTS}
+    assert min(scores) < max(scores) == 10
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_frames_without_error_codes_are_not_looked_at_in_the_first_check(solution: Read, student: str) -> None:
+    wrong = solution("07").replace('else RULES["no_error"]', 'else [0x77] * (1 - len(RULES["no_error"]))')
+    assert tried(wrong, student)[0][:3] == (3, 0, 0)
+
+
+def test_a_half_right_submission_keeps_the_other_half(judged: Grade, solution: Read) -> None:
+    there, instead, left, said = MISTAKES["no writable"]
+    report = judged("07", solution("07").replace(there, instead), "ada")
+    assert points(report) == left
+    assert said in messages(report)
+
+
+OURS = "from xenlab.hypervisor.bounce import XenBounce as MyBounce"
+OURS_AS_BASE = "from xenlab.hypervisor.bounce import XenBounce\nclass MyBounce(XenBounce): pass"
+NOTHING = "class MyBounce:\n    def frame(self, *question):\n        return None"
+
+
+@pytest.mark.parametrize("answer", [OURS, OURS_AS_BASE, NOTHING])
+def test_the_shipped_bounce_and_giving_up_earn_nothing(judged: Grade, answer: str) -> None:
+    assert judged("07", answer, "ada").score == 0
+
+
+@settings(max_examples=3)
+@given(SEEDS)
+def test_no_seed_is_xens_own_agreement(seed: int) -> None:
+    from xenlab.hypervisor.bounce import XenBounce
+
+    made = lesson("07", seed)
+    findings = []
+    for guest in made.guests() + hidden_guests(made):
+        image = image_from_source(guest.source, guest.name)
+        decisions = record(image, made.slot, XenBounce)
+        findings.append(made.judge(guest, replay(image, made.slot, decisions), decisions))
+    assert sum(check.points for check in checks_of(made.plan, findings)) == 0
+
+
+@settings(max_examples=3)
+@given(SEEDS)
+def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
+    made = lesson("07", seed)
+    namespace: dict[str, Any] = {"exercise": made}
+    exec(answer_07, namespace)
+    for guest in made.guests() + hidden_guests(made):
+        image = image_from_source(guest.source, guest.name)
+        decisions = record(image, made.slot, namespace["MyBounce"])
+        finding = made.judge(guest, replay(image, made.slot, decisions), decisions)
+        assert finding.passed, finding.message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("1 / 0", "raised ZeroDivisionError: division by zero (line "),
+        ("raise SystemExit(3)", "raised SystemExit"),
+        pytest.param("while True: pass", "no answer within 0.2 s of CPU time", marks=POSIX),
+        ("return 7", "frame for #PF page fault: expected None, or a mapping with words"),
+        ("return {'words': [1], 'registers': {}}", "expected registers: all of eip cs eflags esp ss"),
+        ("return {'words': [-1], 'registers': registers}", "expected words: a list of 1 to 16"),
+        ("return {'words': [1], 'registers': registers, 'shared': {0: 1}}", "expected shared: whole numbers"),
+        ("return {'words': [1], 'registers': registers, 'event_mask': 9}", "expected event_mask: 0 or 1"),
+        ("return {'words': [1], 'registers': registers, 'score': 10}", "no other name"),
+        ("registers['eip'] = gate['eip']; return {'words': [1] * 9, 'registers': registers}", "found 9 words"),
+        ("return {'words': [type('W', (int,), {})(5)], 'registers': registers}", "expected words: a list"),
+    ],
+)
+def test_nonsense_is_named_at_its_step(body: str, said: str) -> None:
+    source = f"class MyBounce:\n    def frame(self, trap, registers, gate, kernel, writable):\n        {body}"
+    found, text = tried(source, "ada")
+    assert sum(found) == 0
+    assert "first wrong step: instruction" in text
+    assert said in text, text
+
+
+def test_nonsense_is_reported_by_the_judge_too(judged: Grade) -> None:
+    report = judged("07", "class MyBounce:\n    def frame(self, *question):\n        return question")
+    assert (report.score, report.error) == (0, None)
+    assert "expected None, or a mapping with words" in messages(report)
+
+
+def test_a_part_that_cannot_be_made_is_named(judged: Grade) -> None:
+    report = judged("07", "class MyBounce:\n    def __init__(self):\n        raise ValueError('not today')")
+    assert report.score == 0
+    assert "MyBounce() raised ValueError: not today" in messages(report)
+
+
+WRONG = "class MyBounce:\n    def frame(self, *question):\n        return None\n"
+TAMPERED = {
+    "the judge's verdict": """
+import xenlab.grading.lessons.lesson_07 as judge
+from xenlab.grading.lessons.base import Finding
+judge.PageFaultBounce.judge = lambda self, guest, run, decisions: Finding(guest.check, True)
+""",
+    "what is asked": """
+import xenlab.grading.bounce_slot as slot
+slot.BounceSlot._ask = lambda self, asked, writable: {"words": [], "registers": {}, "shared": [], "score": 10}
+""",
+    "what is checked": """
+import xenlab.grading.bounce_slot as slot, xenlab.hypervisor.bounce as bounce
+slot.unusable = bounce.unusable = lambda found: ""
+class MyBounce:
+    def frame(self, *question):
+        return {"words": [1 << 40], "registers": dict.fromkeys(("eip", "cs", "eflags", "esp", "ss"), -1)}
+""",
+    "what equality is": """
+class Equal(int):
+    __eq__ = __ge__ = __le__ = lambda self, other: True
+    __hash__ = int.__hash__
+class MyBounce:
+    def frame(self, trap, registers, gate, kernel, writable):
+        return {"words": [Equal(1)] * 6, "registers": {name: Equal(value) for name, value in registers.items()}}
+""",
+    "what it was given": """
+class MyBounce:
+    def frame(self, *question):
+        for given in question[:4]:
+            given.clear()
+        return None
+""",
+}
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_tampering_in_the_students_process_earns_nothing(judged: Grade, tampered: str) -> None:
+    report = judged("07", WRONG + TAMPERED[tampered], "ada")
+    assert report.score == 0, report.text()
+    assert report.error is None
+
+
+def test_forged_decisions_are_only_wrong_decisions() -> None:
+    made = lesson("07", 5)
+    guest = made.guests()[0]
+    image = image_from_source(guest.source, guest.name)
+    frame = {"words": [1], "registers": dict.fromkeys(("eip", "cs", "eflags", "esp", "ss"), 1), "shared": []}
+    forged: tuple[Any, ...] = ([], [{"end": 1}], ["end"], [{"end": True}] * 200, [frame], [{**frame, "shared": 3}], 7)
+    for decisions in forged:
+        finding = made.judge(guest, replay(image, made.slot, decisions), [])
+        assert not finding.passed
+        assert "first wrong step: instruction" in finding.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text() | st.sampled_from(["end", "words", "registers", "shared", "unusable"]), inner)
+    ),
+)
+
+
+@given(JSON)
+def test_any_decision_is_usable_or_named(decision: Any) -> None:
+    if isinstance(decision, dict) and "unusable" not in decision and decision.get("end") is True:
+        assert frame_of(decision) is None
+    else:
+        with pytest.raises(Unusable):
+            frame_of(decision)
+
+
+def test_self_checks_name_the_first_wrong_step_and_the_word() -> None:
+    from xenlab.hypervisor.bounce import XenBounce
+
+    made = exercise("07", "ada")
+    failed = made.check("07.1", XenBounce)
+    assert not failed
+    assert "first wrong step: instruction" in repr(failed)
+    assert "#PF page fault with error code 0x4 at address 0xc0203000, from ring 3 to ring 1" in repr(failed)
+    assert "the frame has to be address cs eip eflags error ss esp" in repr(failed)
+
+
+@pytest.mark.parametrize("mistake", ["trap flag left", "gate never masks", "a word too few asked"])
+def test_self_checks_do_not_give_all_away(solution: Read, mistake: str) -> None:
+    there, instead, _left, _said = MISTAKES[mistake]
+    namespace: dict[str, Any] = {"exercise": exercise("07", "ada")}
+    exec(solution("07").replace(there, instead), namespace)
+    for check in ("07.1", "07.2", "07.3", "07.4"):
+        assert namespace["exercise"].check(check, namespace["MyBounce"])

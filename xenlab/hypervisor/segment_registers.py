@@ -1,0 +1,131 @@
+"""Segment registers whose descriptors change under them, and the failsafe callback (paper 2.1.1).
+
+The problem: a segment register has a hidden part, loaded from a descriptor once.  Xen loads the registers of a vCPU
+anew when it returns to it, and that faults if the guest has meanwhile changed or taken away a descriptor that one of
+them was loaded from.  It is the hypervisor that faults, but the guest that is to blame, and that has to mend it.
+
+Here a vCPU's hidden parts are kept with it, so the registers are looked at where descriptors change: each is loaded
+anew, and a vCPU with one that cannot be loaded goes on in its failsafe callback.  That is entered as a handler is, with
+four words more, from the top of its stack down; the data segment registers themselves are empty::
+
+    [SS  ESP]  EFLAGS   saved event mask << 16 | CS   EIP   GS   FS   ES   DS
+
+A code or stack segment that cannot be loaded is an exception instead, as in the return of Xen's.
+
+The invariant: no vCPU runs with a hidden part that its guest's tables do not say.  What breaks without it: a segment
+that was taken away goes on being used, or it stops a domain that only changed its mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import pack
+from typing import TYPE_CHECKING
+
+from xenlab.errors import HypercallError
+from xenlab.hypervisor.domain import Domain, Vcpu
+from xenlab.hypervisor.trace import Kind
+from xenlab.hypervisor.traps import Undeliverable
+from xenlab.machine.engine import SEGMENTS
+from xenlab.machine.state import VM
+from xenlab.machine.vectors import NOT_PRESENT, PROTECTION, STACK_FAULT
+
+if TYPE_CHECKING:
+    from xenlab.hypervisor.core import Hypervisor
+
+_DATA = ("ds", "es", "fs", "gs")
+_U32 = 0xFFFF_FFFF
+
+
+class SegmentRegisters:
+    """Keeps them to what the descriptors say.
+
+    Args:
+        xen: whose.
+        deliver: hands an exception to a guest: vCPU, vector, error code, address.
+    """
+
+    def __init__(self, xen: Hypervisor, deliver: Callable[[Vcpu, int, int, int], None]) -> None:
+        self._xen, self._traps, self._segments, self._deliver = xen, xen.traps, xen.traps.segments, deliver
+
+    def reload(self, domain: Domain) -> None:
+        """Descriptors of ``domain`` have changed."""
+        for vcpu in domain.vcpus:
+            for name, selector in zip(SEGMENTS, vcpu.state.selectors(), strict=True):
+                if selector >= 4 and selector not in vcpu.flat_data and selector not in vcpu.flat_code:
+                    self._load(vcpu, name, selector)
+            if vcpu.failing:
+                self._xen.reschedule()
+
+    def _load(self, vcpu: Vcpu, name: str, selector: int) -> None:
+        state = vcpu.state
+        if name == "cs":
+            found = self._segments.descriptor(vcpu, selector) if self._segments.code(vcpu, selector) else None
+        elif name == "ss":
+            usable = self._segments.stack(vcpu, selector, state.cpl)
+            found = self._segments.descriptor(vcpu, selector) if usable else None
+        else:
+            found = self._segments.loadable(vcpu, selector)
+            if found is not None and not found.is_conforming and found.dpl < state.cpl:
+                state.load_segment(name, 0, None)  # as on any return outwards
+                return
+        if found is None:
+            vcpu.failing = True
+        else:
+            state.load_segment(name, selector, found)
+
+    def go_on(self, vcpu: Vcpu) -> None:
+        """``vcpu``, which is `failing`, is about to run."""
+        vcpu.failing = False
+        selectors = dict(zip(SEGMENTS, vcpu.state.selectors(), strict=True))
+        if any(self._is_lost(vcpu, selectors[name]) for name in _DATA):
+            self._fail_safe(vcpu, tuple(selectors[name] for name in _DATA))
+            return
+        cs, ss = selectors["cs"], selectors["ss"]
+        if self._segments.code(vcpu, cs) is None:
+            self._raise(vcpu, cs, NOT_PRESENT)
+        elif self._segments.stack(vcpu, ss, vcpu.state.cpl) is None:
+            self._raise(vcpu, ss, STACK_FAULT)
+
+    def _raise(self, vcpu: Vcpu, selector: int, absent: int) -> None:
+        vector = absent if self._segments.is_absent(vcpu, selector) else PROTECTION
+        self._deliver(vcpu, vector, selector & 0xFFFC, 0)
+
+    def _is_lost(self, vcpu: Vcpu, selector: int) -> bool:
+        return selector >= 4 and selector not in vcpu.flat_data and self._segments.loadable(vcpu, selector) is None
+
+    def _fail_safe(self, vcpu: Vcpu, data: tuple[int, ...]) -> None:
+        try:
+            done = self._enter(vcpu, data)
+        except Undeliverable as reason:
+            self._xen.crash(vcpu, f"a segment register that cannot be loaded: {reason}")
+            return
+        self._xen.record(Kind.FAILSAFE, vcpu.domid, *done)
+
+    def _enter(self, vcpu: Vcpu, data: tuple[int, ...]) -> tuple[int, int, int, int, tuple[int, ...]]:
+        gate, state = vcpu.failsafe_callback, vcpu.state
+        code = self._traps.entry_code(vcpu, gate.cs) if gate else None
+        if gate is None or code is None:
+            raise Undeliverable("no failsafe callback that can be entered is registered")
+        esp, eip, flags, ring, cs, ss = state.interrupted()
+        to_ring = code.selector & 3
+        if to_ring > ring or flags & VM:
+            raise Undeliverable(f"the failsafe callback's ring {to_ring} is less privileged than ring {ring}")
+        words: tuple[int, ...] = (*data, eip, *self._traps.saved(vcpu, cs, flags))
+        if to_ring < ring:
+            stack = self._traps.entry_stack(vcpu, to_ring)
+            words, esp, base = (*words, esp, ss), vcpu.kernel_esp, stack.base
+        else:
+            stack, base = None, state.segment("ss").base
+        frame = esp - 4 * len(words) & _U32
+        try:
+            self._xen.guest_memory.write(vcpu, base + frame & _U32, pack(f"<{len(words)}I", *words))
+        except HypercallError:
+            raise Undeliverable(f"the failsafe callback's frame at {frame:#010x} is not on writable memory") from None
+        for name in _DATA:
+            state.load_segment(name, 0, None)
+        self._traps.go_to(vcpu, gate, code, flags, frame, stack)
+        return ring, to_ring, gate.eip, frame, words
+
+
+__all__ = ["SegmentRegisters"]
