@@ -15,7 +15,7 @@ from xenlab.grading.judge import grade
 from xenlab.grading.lessons import lesson
 from xenlab.grading.report import Report
 
-NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "13")
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "13")
 Grade = Callable[..., Report]
 
 HALF_00 = """

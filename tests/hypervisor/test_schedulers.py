@@ -386,6 +386,21 @@ def test_nobody_keeps_more_than_a_period_of_credit_or_debt() -> None:
             assert account["credit"] <= period or vcpu in world.runnable
 
 
+def test_nobody_sinks_deeper_than_a_period_of_debt() -> None:
+    """One that takes most of the CPU while another one of far more weight lets it, waking with a boost each time."""
+    scheduler = credit()
+    for vcpu, weight in ((0, 60_000), (1, 1)):
+        scheduler.add(vcpu)
+        scheduler.set_parameters(vcpu, 0, {"weight": weight})
+    world = World(scheduler, {1: Sleeper(212, 703)}).wake(0, 1)
+    deepest = 0
+    for _ in range(150):
+        world.run(SLICE)
+        deepest = min(deepest, *(account["credit"] for account in scheduler.state()["vcpus"].values()))
+    period = SLICE << 20
+    assert -2 * period <= deepest < -period  # one that was kept, and a turn
+
+
 def test_one_that_falls_asleep_keeps_a_period_of_credit() -> None:
     # The heavy one waits for its first turn behind twenty others, and earns nearly all there is.
     world = with_weights(credit, [1] * 20 + [60_000]).run(6 * SLICE)

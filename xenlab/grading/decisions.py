@@ -25,8 +25,8 @@ from xenlab.errors import XenlabError
 from xenlab.hypervisor.emulate import Emulator, Values
 from xenlab.hypervisor.hypercalls import HypercallPart
 
-# An object, or for slots that are asked often a bare number (`page_types_slot`).
-Decision = dict[str, Any] | int
+# An object, or for slots that are asked often a bare number (`page_types_slot`) or numbers (`schedules`).
+Decision = dict[str, Any] | list[int] | int
 Reader = Callable[[int, int], bytes | None]
 _REGISTERS = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip", "eflags")
 _CONTROL = ("cr0", "cr2", "cr4", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")

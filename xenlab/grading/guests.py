@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xenlab.errors import HypercallError
-from xenlab.grading import alarms_slot, balloons
+from xenlab.grading import alarms_slot, balloons, schedules
 from xenlab.grading.bounce_slot import Bounced, BounceSlot
 from xenlab.grading.decisions import (
     MAX_DECISIONS,
@@ -36,8 +36,8 @@ MEMORY_MIB = 4
 BUDGET = 60_000
 _LONGEST = 15
 EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON = "emulator", "hypercall", "page_types", "balloon"
-FLUSH_POLICY, EVENT_BITS = "flush_policy", "event_bits"
-BOUNCE, ALARMS = "bounce", "alarms"
+FLUSH_POLICY, EVENT_BITS, BOUNCE = "flush_policy", "event_bits", "bounce"
+ALARMS, SCHEDULER = "alarms", "scheduler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,11 @@ class Slot:
     """Where a student's part goes.
 
     Attributes:
-        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, BOUNCE, ALARMS, or empty for an
-            exercise whose answer is data.
+        kind: EMULATOR, HYPERCALL, PAGE_TYPES, BALLOON, FLUSH_POLICY, EVENT_BITS, BOUNCE, ALARMS, SCHEDULER, or empty
+            for an exercise whose answer is data.
         names: what the notebook has to define; for a part, the name of its class.
         number: of the hypercall.
-        scenarios: of the guests that run with others, by name; see `balloons`, `event_slot` and `alarms_slot`.
+        scenarios: of the guests that run with others, by name: `balloons`, `event_slot`, `alarms_slot`, `schedules`.
         rules: of the `FlushClock`.
     """
 
@@ -62,7 +62,12 @@ class Slot:
     @property
     def most_decisions(self) -> int:
         """How often the part may be asked by one guest."""
-        most = {PAGE_TYPES: MAX_ANSWERS, EVENT_BITS: MAX_QUESTIONS, ALARMS: alarms_slot.MAX_ANSWERS}
+        most = {
+            PAGE_TYPES: MAX_ANSWERS,
+            EVENT_BITS: MAX_QUESTIONS,
+            ALARMS: alarms_slot.MAX_ANSWERS,
+            SCHEDULER: schedules.MAX_PICKS,
+        }
         return most.get(self.kind, MAX_DECISIONS)
 
 
@@ -94,6 +99,7 @@ class Run:
         violations: the auditor's, after the last hypercall of ``calls``; with one of them a run ends.
         asked: what a balloon policy was asked, and what it answered.
         flushes: what a flush policy was asked, and answered.
+        scheduled: what a scheduler was told and asked, and answered.
         event_questions: what event bits were asked, and answered.
         bounced: what a bounce was asked, and answered.
         told: what a part that keeps alarms was told and asked, and answered.
@@ -108,6 +114,7 @@ class Run:
     violations: list[Violation] = field(default_factory=list)
     asked: Sequence[balloons.Asked] = ()
     flushes: Sequence[Asked] = ()
+    scheduled: Sequence[schedules.Call] = ()
     event_questions: Sequence[EventQuestion] = ()
     bounced: Sequence[Bounced] = ()
     told: Sequence[alarms_slot.Told] = ()
@@ -173,6 +180,9 @@ def run(image: Image, slot: Slot, sink: Sink, part: Any = None, budget: int = BU
         played = balloons.play(image, slot.scenarios[image.name], slot.number, sink, part)
         assert played.xen.trace is not None
         return Run(played.xen, played.xen.domains[0], played.xen.trace.events(), played.problem, asked=played.asked)
+    if slot.kind == SCHEDULER:
+        dealt = schedules.play(image, slot.scenarios[image.name], sink, part)
+        return Run(dealt.xen, dealt.xen.domains[0], [], dealt.problem, scheduled=dealt.log)
     if slot.kind == EVENT_BITS:
         raced = race(image, slot.scenarios[image.name], sink, part, budget)
         assert raced.xen.trace is not None
@@ -236,6 +246,7 @@ __all__ = [
     "FLUSH_POLICY",
     "HYPERCALL",
     "PAGE_TYPES",
+    "SCHEDULER",
     "Call",
     "Run",
     "Slot",

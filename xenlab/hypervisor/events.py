@@ -181,6 +181,10 @@ class EventChannels:
         if port is not None:
             self.set_pending(vcpu.domain, port)
 
+    def hears(self, vcpu: Vcpu, virq: Virq) -> bool:
+        """Whether the domain of ``vcpu`` has bound a port to this event of it."""
+        return _virq_port(vcpu.domain, virq, vcpu.key % VCPUS_PER_DOMAIN) is not None
+
     # The ports.
 
     def event_channel_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:

@@ -165,7 +165,7 @@ class Timers:
     def _begin_ticks(self, vcpu: Vcpu) -> None:
         """The next tick of the vCPU that runs; one that is overdue comes now."""
         self._tick = NEVER
-        if not vcpu.tick_period:
+        if not vcpu.tick_period or not self._xen.events.hears(vcpu, Virq.TIMER):
             return
         now = self._xen.now
         if vcpu.last_tick + vcpu.tick_period <= now:

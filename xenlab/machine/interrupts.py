@@ -4,15 +4,22 @@ The problem: Python acts on SIGINT between two of its own instructions.  While l
 runs there are none, and inside a trap handler there are many, in the middle of work that
 must not be left half done.  So while the CPU runs SIGINT only sets a mark and shortens the slice,
 and the run loop raises KeyboardInterrupt between two slices, when the machine is whole.
+
+Except in code of the reader's own, such as a scheduler from a notebook that a trap has called and that loops for ever:
+between two slices is a moment that never comes.  There KeyboardInterrupt is raised at once, and reaches the hypervisor
+as any other exception of that part does.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_OURS = __name__.partition(".")[0]
 
 
 class InterruptMark:
@@ -24,8 +31,10 @@ class InterruptMark:
         self.seen = False
         self._shorten = shorten
 
-    def set(self, _number: int, _frame: FrameType | None) -> None:
-        """Signal handler: remember that it came."""
+    def set(self, _number: int, frame: FrameType | None) -> None:
+        """Signal handler: remember that it came; or raise KeyboardInterrupt in code of the reader's own."""
+        if _is_in_own_code(frame):
+            raise KeyboardInterrupt
         self.seen = True
         self._shorten()
 
@@ -33,6 +42,18 @@ class InterruptMark:
         """Raise KeyboardInterrupt if SIGINT came."""
         if self.seen:
             raise KeyboardInterrupt
+
+
+def _is_in_own_code(frame: FrameType | None) -> bool:
+    """Whether what xenlab called last is neither a part of xenlab nor of what is installed with it."""
+    while frame is not None:
+        room = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if room == _OURS:
+            return False
+        if room not in sys.stdlib_module_names and "site-packages" not in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xenlab.views.address_space import AddressSpaceView
@@ -21,6 +22,8 @@ from xenlab.views.picture import Picture
 from xenlab.views.player import Movable
 from xenlab.views.registers import RegistersView
 from xenlab.views.rings import RingsView
+from xenlab.views.schedule import ScheduleView
+from xenlab.views.sliders import Slider, allowance_slider, parameter_slider
 from xenlab.views.tlb import TlbView, space_bars
 from xenlab.views.traps import TrapTableView
 
@@ -28,11 +31,11 @@ if TYPE_CHECKING:
     from xenlab.views.widget import LiveView
 
 
-def live(timeline: Movable, *views: Picture) -> LiveView:
-    """One widget with one control bar for all ``views``, which show ``timeline.hypervisor``."""
+def live(timeline: Movable, *views: Picture, sliders: Sequence[Slider] = ()) -> LiveView:
+    """One widget with one control bar, and perhaps sliders, for all ``views``, which show ``timeline.hypervisor``."""
     from xenlab.views.widget import LiveView  # ipywidgets take 0.3 s to load
 
-    return LiveView(timeline, *views)
+    return LiveView(timeline, *views, sliders=sliders)
 
 
 __all__ = [
@@ -54,10 +57,14 @@ __all__ = [
     "Picture",
     "RegistersView",
     "RingsView",
+    "ScheduleView",
+    "Slider",
     "TlbView",
     "TrapTableView",
+    "allowance_slider",
     "audit_report",
     "cost_bars",
     "live",
+    "parameter_slider",
     "space_bars",
 ]

@@ -73,6 +73,22 @@ function toolbar(model, order) {
   return { bar, buttons, speed, stops };
 }
 
+// A slider gives its order when it is let go; while it is held it follows the hand.
+function sliderBox(place, frame, give) {
+  const range = element("input", { type: "range", "aria-label": frame.label });
+  const value = element("output", {});
+  const box = element("label", { class: "xl-slider" }, element("span", {}, frame.label), range, value);
+  range.addEventListener("input", () => (value.textContent = Number(range.value).toLocaleString("en")));
+  range.addEventListener("change", () => give({ do: "slide", slider: place, n: Number(range.value) }));
+  const show = (now) => {
+    [range.min, range.max, range.step, range.disabled] = [now.low, now.high, now.step, now.off];
+    if (range.matches(":active")) return;
+    range.value = now.value;
+    value.textContent = now.off ? "–" : now.value.toLocaleString("en");
+  };
+  return { box, show };
+}
+
 function frameBox(place, frame) {
   const picture = element("div", { class: "xl-picture", "data-view": place });
   const table = element("pre", { class: "xl-text" });
@@ -114,7 +130,9 @@ function onKey(event, order, select) {
   const presses = event.key === "Enter" || event.key === " ";
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (chosen && presses) select(chosen);
-  else if (event.target.closest("select") || (presses && event.target.closest("button, summary"))) return;
+  // Their keys are theirs; JupyterLab, further out, would take the arrows for itself.
+  else if (event.target.closest("select, .xl-slider")) return event.stopPropagation();
+  else if (presses && event.target.closest("button, summary")) return;
   else if (KEYS[event.key]) order(KEYS[event.key], event.shiftKey ? 100 : 1);
   else return;
   event.preventDefault();
@@ -130,10 +148,15 @@ function render({ model, el }) {
   const scrub = element("input", { type: "range", class: "xl-scrub", step: 1, "aria-label": "Position in the run" });
   const place = element("output", { class: "xl-place" });
   const status = element("span", { class: "xl-status", role: "status", "aria-live": "polite" });
+  const sliders = model.get("sliders").map((frame, number) => sliderBox(number, frame, give));
   bar.append(place, scrub, status);
   const root = element("div", { class: "xl-live", tabindex: 0, role: "group", "data-lm-suppress-shortcuts": "true" });
   root.setAttribute("aria-label", "Live view. Left and right arrow step, Space plays, brackets go from event to event.");
   root.append(bar);
+  if (sliders.length) {
+    const group = { class: "xl-sliders", role: "group", "aria-label": "What you may set" };
+    bar.append(element("div", group, ...sliders.map((slider) => slider.box)));
+  }
   el.append(root);
 
   scrub.addEventListener("input", () => give({ do: "seek", n: Number(scrub.value) }));
@@ -152,6 +175,7 @@ function render({ model, el }) {
       }
       draw(parts[number], frame);
     });
+    model.get("sliders").forEach((frame, number) => sliders[number]?.show(frame));
     const [position, start, end] = ["position", "start", "end"].map((name) => model.get(name));
     scrub.min = start;
     scrub.max = end;
@@ -166,7 +190,7 @@ function render({ model, el }) {
     speed.value = model.get("speed");
     stops.value = model.get("stop");
   };
-  const names = ["frames", "position", "start", "end", "playing", "status", "speed", "stop"];
+  const names = ["frames", "position", "start", "end", "playing", "status", "speed", "stop", "sliders"];
   const changes = names.map((name) => `change:${name}`).join(" ");
   let planned = 0;
   const plan = () => {

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.core import Hypervisor, RunResult, Stop
+from xenlab.hypervisor.inputs import Input
 from xenlab.hypervisor.trace import NO_DOMAIN, Event, Kind
 from xenlab.timeline.goals import When
 
@@ -62,6 +63,8 @@ class Movable(Protocol):
     def run(self, instructions: int) -> RunResult: ...
 
     def seek(self, time: int) -> int: ...
+
+    def submit(self, item: Input) -> None: ...
 
     def back_to(self, goal: When) -> Event | None: ...
 
@@ -136,6 +139,15 @@ class Player:
             self.task.cancel()
             self.task = None
             self._changed()
+
+    def submit(self, act: Callable[[Movable], object]) -> None:
+        """Let something come in from outside at this moment; playing goes on."""
+        self.status = "From here on another future." if self.timeline.position < self.timeline.end else ""
+        try:
+            act(self.timeline)
+        except XenlabError as problem:
+            self.status = str(problem)
+        self._changed()
 
     def _move(self, movement: Callable[[], object]) -> None:
         if self.task is not None:

@@ -11,6 +11,7 @@ position where the run stood still.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import traitlets
 
 from xenlab.views.picture import Picture
 from xenlab.views.player import ANY_EVENT, SPEEDS, STOPS, Movable, Player
+from xenlab.views.sliders import Slider
 
 _HERE = Path(__file__).parent
 _STILL = 'class="xl'
@@ -31,6 +33,7 @@ class LiveView(anywidget.AnyWidget):
     Args:
         timeline: see `xenlab.timeline.Timeline`.
         views: pictures of ``timeline.hypervisor``.
+        sliders: what the reader may set while it runs; see `sliders`.
 
     Attributes:
         player: the commands, for use from a cell.
@@ -49,9 +52,11 @@ class LiveView(anywidget.AnyWidget):
     stops = traitlets.List(list(STOPS)).tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     answered = traitlets.Int().tag(sync=True)
+    sliders = traitlets.List(traitlets.Dict()).tag(sync=True)
 
-    def __init__(self, timeline: Movable, *views: Picture) -> None:
-        self._views = views
+    def __init__(self, timeline: Movable, *views: Picture, sliders: Sequence[Slider] = ()) -> None:
+        self._views, self._sliders = views, tuple(sliders)
+        self._moved: dict[int, tuple[int, int]] = {}
         self._stills: list[Any] = []
         self.player = Player(timeline, self.refresh)
         super().__init__()
@@ -67,6 +72,7 @@ class LiveView(anywidget.AnyWidget):
             self.frames = [{"title": view.title, "svg": view.svg(), "text": view.text()} for view in self._views]
             self.position, self.start, self.end = timeline.position, timeline.start, timeline.end
             self.playing, self.status = self.player.playing, self.player.status
+            self.sliders = [self._slider_frame(place) for place in range(len(self._sliders))]
         if not self.playing:
             self._update_stills()
 
@@ -76,7 +82,8 @@ class LiveView(anywidget.AnyWidget):
         super().close()
 
     def command(self, order: dict[str, Any]) -> None:
-        """Carry out what the control bar asks: ``{"do": name, "n": number, "view": number, "key": text}``.
+        """Carry out what the control bar asks: ``{"do": name, "n": number, "view": number, "key": text,
+        "slider": number}``.
 
         Unknown orders and values of the wrong type are ignored: they come from a page.
         """
@@ -102,6 +109,8 @@ class LiveView(anywidget.AnyWidget):
                 player.to_end()
             case "select":
                 self._select(order)
+            case "slide":
+                self._slide(order.get("slider"), number)
 
     def _select(self, order: dict[str, Any]) -> None:
         place, key = order.get("view"), order.get("key")
@@ -109,6 +118,20 @@ class LiveView(anywidget.AnyWidget):
             return
         if self._views[place].select(key):
             self.refresh()
+
+    def _slide(self, place: Any, value: int) -> None:
+        if isinstance(place, int) and 0 <= place < len(self._sliders):
+            now = self.player.timeline.position
+            self._moved = {other: moved for other, moved in self._moved.items() if moved[0] <= now}
+            self.player.submit(lambda timeline: self._move(place, timeline, value))
+
+    def _move(self, place: int, timeline: Movable, value: int) -> None:
+        self._moved[place] = (timeline.position, self._sliders[place].move(timeline, value))
+
+    def _slider_frame(self, place: int) -> dict[str, Any]:
+        """What was set at this moment is done when the run goes on, and shown at once."""
+        frame, (moment, value) = self._sliders[place].frame(), self._moved.get(place, (-1, 0))
+        return {**frame, "value": value} if moment == self.player.timeline.position else frame
 
     def _on_message(self, _widget: Any, content: Any, _buffers: Any) -> None:
         if not isinstance(content, dict):

@@ -7,7 +7,7 @@ from importlib import import_module
 from xenlab.errors import XenlabError
 from xenlab.grading.lessons.base import Lesson
 
-NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "13")
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "13")
 
 
 def lesson(number: str, seed: int) -> Lesson:

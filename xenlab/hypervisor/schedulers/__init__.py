@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from xenlab.hypervisor.schedulers.bvt import Bvt
 from xenlab.hypervisor.schedulers.credit import Credit
+from xenlab.hypervisor.schedulers.diary import Diary
 from xenlab.hypervisor.schedulers.round_robin import RoundRobin
 
 
@@ -65,4 +66,4 @@ class Tunable(Protocol):
         ...
 
 
-__all__ = ["Bvt", "Credit", "RoundRobin", "Scheduler", "Tunable"]
+__all__ = ["Bvt", "Credit", "Diary", "RoundRobin", "Scheduler", "Tunable"]

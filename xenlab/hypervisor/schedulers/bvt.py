@@ -268,6 +268,15 @@ class Bvt:
         else:
             _take(self._unwarped, (clock.avt, vcpu, clock))
 
+    @property
+    def allowance(self) -> int:
+        """The context-switch allowance, in instructions."""
+        return self._allowance // _UNIT
+
+    def clocks(self) -> dict[int, tuple[int, int]]:
+        """Actual and effective virtual time of each vCPU at the last call, in instructions at the default weight."""
+        return {vcpu: (clock.avt // _INSTRUCTION, clock.evt // _INSTRUCTION) for vcpu, clock in self._vcpus.items()}
+
     def parameters(self, vcpu: int) -> dict[str, int]:
         """What is set for ``vcpu``: weight, warp, warp_limit, unwarp.
 
