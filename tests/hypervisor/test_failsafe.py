@@ -124,8 +124,7 @@ def test_callback_op_registers_it_too(flags: int, play_text: Any) -> None:
 @pytest.mark.parametrize(
     ("register", "report"),
     [
-        ("xor esi, esi\n mov eax, __HYPERVISOR_set_callbacks\n int 0x82", "no failsafe callback"),
-        ("mov edx, FLAT_RING1_DS\n mov eax, __HYPERVISOR_set_callbacks\n int 0x82", "no failsafe callback"),
+        ("mov edx, FLAT_RING1_DS\n mov eax, __HYPERVISOR_set_callbacks\n int 0x82", "unusable code selector"),
         ("mov edx, FLAT_RING3_CS\n mov eax, __HYPERVISOR_set_callbacks\n int 0x82", "less privileged"),
         ("mov esp, 0x1000", "not on writable memory"),
         ("mov esp, [ebp + 60]\n add esp, 64", "not on writable memory"),
@@ -137,6 +136,14 @@ def test_a_callback_that_cannot_be_entered_ends_the_guest(register: str, report:
     assert seen.domain.crashed
     assert "a segment register that cannot be loaded" in seen.domain.report
     assert report in seen.domain.report
+
+
+def test_without_a_callback_the_register_is_empty(mode: PagingMode, play_text: Any) -> None:
+    nowhere = "xor esi, esi\n mov eax, __HYPERVISOR_set_callbacks\n int 0x82"
+    seen = play_text(changing(0, register=nowhere), mode, budget=120)
+    assert not failed(seen)
+    assert not seen.domain.ended
+    assert (seen.word("marker"), seen.vcpu.state.segment("fs").selector) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["gdt", "ldt"])

@@ -10,7 +10,8 @@ four words more, from the top of its stack down; the data segment registers them
 
     [SS  ESP]  EFLAGS   saved event mask << 16 | CS   EIP   GS   FS   ES   DS
 
-A code or stack segment that cannot be loaded is an exception instead, as in the return of Xen's.
+A code or stack segment that cannot be loaded is an exception instead, as in the return of Xen's.  A kernel that has
+registered no such callback finds the lost data segments empty, and goes on.
 
 The invariant: no vCPU runs with a hidden part that its guest's tables do not say.  What breaks without it: a segment
 that was taken away goes on being used, or it stops a domain that only changed its mind.
@@ -23,7 +24,7 @@ from struct import pack
 from typing import TYPE_CHECKING
 
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.domain import Domain, Vcpu
+from xenlab.hypervisor.domain import Domain, Gate, Vcpu
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable
 from xenlab.machine.engine import SEGMENTS
@@ -78,9 +79,12 @@ class SegmentRegisters:
         """``vcpu``, which is `failing`, is about to run."""
         vcpu.failing = False
         selectors = dict(zip(SEGMENTS, vcpu.state.selectors(), strict=True))
-        if any(self._is_lost(vcpu, selectors[name]) for name in _DATA):
-            self._fail_safe(vcpu, tuple(selectors[name] for name in _DATA))
+        lost = [name for name in _DATA if self._is_lost(vcpu, selectors[name])]
+        if lost and vcpu.failsafe_callback is not None:
+            self._fail_safe(vcpu, vcpu.failsafe_callback, tuple(selectors[name] for name in _DATA))
             return
+        for name in lost:
+            vcpu.state.load_segment(name, 0, None)
         cs, ss = selectors["cs"], selectors["ss"]
         if self._segments.code(vcpu, cs) is None:
             self._raise(vcpu, cs, NOT_PRESENT)
@@ -94,19 +98,18 @@ class SegmentRegisters:
     def _is_lost(self, vcpu: Vcpu, selector: int) -> bool:
         return selector >= 4 and selector not in vcpu.flat_data and self._segments.loadable(vcpu, selector) is None
 
-    def _fail_safe(self, vcpu: Vcpu, data: tuple[int, ...]) -> None:
+    def _fail_safe(self, vcpu: Vcpu, gate: Gate, data: tuple[int, ...]) -> None:
         try:
-            done = self._enter(vcpu, data)
+            done = self._enter(vcpu, gate, data)
         except Undeliverable as reason:
             self._xen.crash(vcpu, f"a segment register that cannot be loaded: {reason}")
             return
         self._xen.record(Kind.FAILSAFE, vcpu.domid, *done)
 
-    def _enter(self, vcpu: Vcpu, data: tuple[int, ...]) -> tuple[int, int, int, int, tuple[int, ...]]:
-        gate, state = vcpu.failsafe_callback, vcpu.state
-        code = self._traps.entry_code(vcpu, gate.cs) if gate else None
-        if gate is None or code is None:
-            raise Undeliverable("no failsafe callback that can be entered is registered")
+    def _enter(self, vcpu: Vcpu, gate: Gate, data: tuple[int, ...]) -> tuple[int, int, int, int, tuple[int, ...]]:
+        state, code = vcpu.state, self._traps.entry_code(vcpu, gate.cs)
+        if code is None:
+            raise Undeliverable(f"the failsafe callback has the unusable code selector {gate.cs:#x}")
         esp, eip, flags, ring, cs, ss = state.interrupted()
         to_ring = code.selector & 3
         if to_ring > ring or flags & VM:
