@@ -36,7 +36,8 @@ GUARDED = """
         mov esi, UVMF_INVLPG
         mov eax, __HYPERVISOR_update_va_mapping
         int 0x82
-"""  # What a kernel has to do before, for that: floating point is to raise #NM next time.
+"""
+# What a kernel has to do before an instruction of `CAUSES`: floating point is to raise #NM next time.
 PREPARED = {7: "mov ebx, 1; mov eax, __HYPERVISOR_fpu_taskswitch; int 0x82"}
 # A descriptor table of the guest's own, in the page `guard`: its third entry is a call gate to the handler of CALLED.
 CALLED = 0x85

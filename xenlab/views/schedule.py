@@ -1,8 +1,9 @@
 """Who ran when, how far the virtual clocks had come, and how long a woken one waited (lesson 10; paper 3.3.1).
 
-Above, a lane for each domain: a block while it runs, a line while it could run and waits, nothing while it sleeps, a
-triangle where it woke.  Below, its clocks: solid the actual virtual time, dashed the effective one where a warp sets
-it back; thin while it sleeps.  At the bottom a stem for each wake-up, as high as the wait for the CPU was long.
+Above, a lane for each domain, drawn as in the view of the clocks: a full block while it runs, an open one while it
+could run and waits, a line while it sleeps; a triangle where it woke.  Below, its clocks: solid the actual virtual
+time, dashed the effective one where a warp sets it back; thin while it sleeps.  At the bottom a stem for each wake-up,
+as high as the wait for the CPU was long.
 
 Who ran comes from the SWITCH events of the trace; who was told what, and the clocks, from the scheduler's `Diary`, if
 it has one.
@@ -146,7 +147,7 @@ class ScheduleView(Picture):
         lanes = self.lanes()
         shown = lanes[:_SHOWN]
         canvas = Canvas(self.title, self._summary())
-        canvas.text(_X, 46, "block: runs    line: could run and waits    ▲ woke", "d s")
+        canvas.text(_X, 46, "full: runs    open: could run and waits    line: sleeps    ▲ woke", "d s")
         axis = _Axis(self._start, max(self._xen.now, self._start + 1))
         for place, lane in enumerate(shown):
             _draw_lane(canvas, axis, lane, _TOP + _LANE * place)
@@ -263,8 +264,11 @@ def _draw_lane(canvas: Canvas, axis: _Axis, lane: Lane, top: float) -> None:
     colour, middle = domain_colour(lane.domid), top + 15
     canvas.chip(16, top + 19, lane.domid, f"domain {lane.domid}", 68)
     canvas.text(92, top + 19, clip(lane.name, 13))
+    if lane.ready:
+        canvas.line(axis.x(axis.start), middle, axis.x(axis.end), middle, "", stroke=colour, stroke_width="1.5")
     for start, end in lane.ready:
-        canvas.line(axis.x(start), middle, axis.x(end), middle, "", stroke=colour, stroke_width="1.5", fill="none")
+        width = max(axis.x(end) - axis.x(start), 0.6)
+        canvas.rect(axis.x(start), middle - 6, width, 12, fill="var(--soft)", stroke=colour)
     blocks = "".join(
         f"M{number(axis.x(start))} {number(top + 5)}h{number(max(axis.x(end) - axis.x(start), 0.6))}v20"
         f"H{number(axis.x(start))}z"

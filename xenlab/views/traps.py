@@ -27,7 +27,7 @@ DIRECT, BOUNCED, CHECKED, ENDS, REFUSED = "direct", "bounced", "checked, bounced
 _COLOURS = {DIRECT: APPLICATION, BOUNCED: KERNEL, CHECKED: KERNEL, ENDS: "var(--soft)", REFUSED: "var(--soft)"}
 _LAST_EXCEPTION, _INTEL_ONLY = 31, (2, 18)
 _ROW, _TOP = 21, 82
-_COLUMNS = (16, 58, 204, 332, 476, 514, 606)
+_COLUMNS = (16, 52, 204, 332, 476, 514, 606)
 _HEADS = ("vector", "", "who takes it", "handler", "ring", "INT by", "taken")
 _DETAIL_X, _DETAIL_ROWS = 636, 6
 # So many software interrupts have a row in the picture.

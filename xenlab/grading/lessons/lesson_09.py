@@ -39,6 +39,10 @@ _PAST = {
     DROPS: "it is not set, and if there was an alarm of that vCPU on that clock, there is none any more",
     IGNORED: "nothing changes: if there was an alarm of that vCPU on that clock, it stands as before",
 }
+_LIKE_ANY_OTHER = (
+    "\n\nAn alarm that is *taken as if it lay ahead* goes off at a step (rule 1), and meets one that is set already "
+    "(rule 4), like any other."
+)
 _AGAIN = {
     NEWEST: "the new one takes its place",
     EARLIEST: "the one that would go off first counts, and the other one is forgotten",
@@ -89,6 +93,7 @@ class AlarmTimers:
         rules = self.rules
         second = VIRTUAL if rules.first == REAL else REAL
         beyond = _PAST[rules.beyond].replace("1 instruction", f"{rules.reach:,} instructions")
+        counts = COUNTS in (rules.past, rules.beyond)
         return (
             "Your hypervisor's alarms:\n\n"
             f"1. **Steps.** An alarm on real time goes off when real time is a multiple of {rules.step[REAL]}, one on "
@@ -104,8 +109,7 @@ class AlarmTimers:
             f"5. **One moment.** Of all alarms that are due, at most {rules.most} go off in one moment: those on "
             f"{rules.first} time before those on {second} time, and among those of one clock that of the vCPU with the "
             f"{rules.vcpus} number first. "
-            "Each of the others becomes due one step of its clock later.\n\n"
-            f"What becomes of an alarm under rules 2 and 3 is subject to rule 1 and rule 4 like any other."
+            f"Each of the others becomes due one step of its clock later.{_LIKE_ANY_OTHER if counts else ''}"
         )
 
     # What the student's process and the judge run.
@@ -161,7 +165,8 @@ class AlarmTimers:
         # A machine that has nothing more to wait for has stopped early.
         missed = ledger.missed(run.xen.now if run.xen.now >= BUDGET else float("inf"))
         if missed:
-            return f"first wrong step: {missed}, and the run ended at instruction {run.xen.now}"
+            why = " already, for nothing was left to happen" if run.xen.now < BUDGET else ""
+            return f"first wrong step: {missed}, and the run ended at instruction {run.xen.now}{why}"
         return "" if run.told else f"the part was never asked; {run.end()}"
 
 
