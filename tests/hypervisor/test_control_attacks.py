@@ -10,10 +10,12 @@ import struct
 from typing import Any
 
 import pytest
+from hostile_guest import machine, suffer
 from hypercall_bench import SCRATCH, Bench
 
 from xenlab import Hypervisor, Machine, boot
 from xenlab.abi.numbers import Hypercall, SchedOp, Shutdown
+from xenlab.hypervisor.auditor import check
 from xenlab.hypervisor.bounce import XenBounce
 from xenlab.hypervisor.core import Stop
 from xenlab.hypervisor.domain import Domain, RunState
@@ -432,3 +434,168 @@ room:   .skip 0x10000
         xen.run(30)
         assert not guest.ended
         assert 0 < 2**32 - 1 - guest.vcpus[0].state.ecx <= 30 * 32
+
+
+TARGETS = {
+    "their page": "THEIR_PAGE",
+    "their shared page": "THEIR_SHARED_PAGE",
+    "their descriptors": "THEIR_DESCRIPTORS",
+    "the flat descriptors": "FLAT_DESCRIPTORS",
+    "the list of numbers": "NUMBER_LIST",
+    "no frame": "NO_FRAME",
+}
+# `one` becomes the page of the vCPU's record.
+OWN_RECORD = """
+        mov eax, offset one
+        call mfn_of
+        mov [record], eax
+        mov edx, offset record
+        xor ecx, ecx
+        mov ebx, 10
+        mov eax, __HYPERVISOR_vcpu_op
+        int 0x82
+        call note
+"""
+RECORD = """
+        jmp finish
+        .align 8
+record: .long 0, 0, 64, 0
+"""
+# What is then done to that page, and what it answers.
+AFTERWARDS = {
+    "given up": ("mov edx, [record]\n mov eax, XENMEM_decrease_reservation\n call memory\n call note", (1,)),
+    "given up and unmapped": (
+        """
+        mov edx, [record]
+        mov eax, XENMEM_decrease_reservation
+        call memory
+        call note
+        mov eax, offset one
+        xor edx, edx
+        xor ecx, ecx
+        call map
+        call note
+        """,
+        (1, 0),
+    ),
+    "made a page table": (
+        """
+        mov eax, offset one
+        mov edx, [record]
+        mov ecx, 1
+        call map
+        call note
+        mov eax, MMUEXT_PIN_L1_TABLE
+        mov edx, [record]
+        call extended
+        call note
+        """,
+        (0, -22),
+    ),
+    "registered again": (
+        "xor ecx, ecx\n mov edx, offset record\n mov ebx, 10\n mov eax, __HYPERVISOR_vcpu_op\n int 0x82\n call note",
+        (-22,),
+    ),
+}
+# It goes on for a while, with a tick each millisecond and a limit to each sleep.
+GO_ON = """
+        mov esi, 6
+1:      mov edx, offset limit
+        mov ecx, edx
+        mov ebx, SCHEDOP_poll
+        mov eax, __HYPERVISOR_sched_op
+        int 0x82
+        dec esi
+        jne 1b
+        jmp finish
+        .align 8
+limit:  .long 0, 0, 2000000, 0
+"""
+
+
+class TestRecords:
+    @pytest.mark.parametrize("name", AFTERWARDS)
+    def test_the_page_of_a_record(self, name: str, mode: PagingMode) -> None:
+        """Background: the hypervisor goes on writing to a page that the guest has named once.
+
+        Invariant: as long as it does, nobody else has the page, and it is no page table.
+        Construction: the page is given up, unmapped, made a table; the guest goes on, and ends.
+        """
+        attack, answers = AFTERWARDS[name]
+        xen = machine()
+        free = xen.frames.free_frames
+        outcome = suffer(OWN_RECORD + attack + GO_ON + RECORD, mode, xen=xen, budget=2_000_000)
+        assert outcome.results(1 + len(answers)) == (0, *answers)
+        vcpu = outcome.attacker.vcpus[0]
+        assert xen.frames.owner_of(vcpu.info_mfn) == outcome.attacker.domid
+        assert vcpu.account.slept > 100_000
+        xen.destroy(outcome.attacker)
+        xen.destroy(outcome.neighbour)
+        check(xen)
+        # What is left of the first domain of a format: descriptors and the list of numbers.
+        assert xen.frames.free_frames == free - 2
+
+    @pytest.mark.parametrize("command", [5, 13])
+    @pytest.mark.parametrize(
+        "area",
+        [
+            "eax, [esi + 60]",  # its root table
+            "eax, 0xfc000000 - 8",
+            "eax, 0xff020004",
+            "eax, offset shared_info",
+            "eax, offset back - 8",
+            "eax, offset one - 4",
+            "eax, -1",
+        ],
+    )
+    def test_a_record_written_anywhere(self, area: str, command: int, mode: PagingMode) -> None:
+        """Background: records are written to a linear address whenever a vCPU gets the CPU.
+
+        Invariant: only where its kernel could have written.
+        Construction: its page tables, the hypervisor, the shared page, the code that runs, a page's end, nothing.
+        """
+        attack = f"""
+        mov esi, [boot_info]
+        mov {area}
+        mov [where], eax
+        mov ecx, 0
+        mov edx, offset where
+        mov ebx, {command}
+        mov eax, __HYPERVISOR_vcpu_op
+        int 0x82
+        call note
+        mov esi, 20
+back:   mov ebx, SCHEDOP_yield
+        mov eax, __HYPERVISOR_sched_op
+        int 0x82
+        dec esi
+        jne back
+        jmp finish
+        .align 8
+where:  .long 0, 0
+        """
+        outcome = suffer(attack, mode)
+        if "back" in area:
+            return  # what it then executes is its own affair
+        refused = "0xf" in area or "-1" in area
+        assert outcome.results(1) == ((-14,) if refused else (0,))
+
+
+@pytest.mark.parametrize("frame", [*TARGETS, "their root", "its root", "its own"])
+def test_a_page_of_stubs(frame: str, mode: PagingMode) -> None:
+    """Background: a write to a model-specific register has the hypervisor fill a page with stubs.
+
+    Invariant: only a page that the guest could have written itself.
+    """
+    own = {"its root": "xor eax, eax\n call table_mfn", "its own": "mov eax, offset one\n call mfn_of"}
+    attack = f"""
+        {own.get(frame, f"mov eax, {TARGETS.get(frame, 'THEIR_TABLE')}")}
+        shl eax, 12
+        xor edx, edx
+        mov ecx, 0x40000000
+        wrmsr
+        xor eax, eax
+        call note
+    """
+    outcome = suffer(attack, mode)
+    assert outcome.results(1) == ((0,) if frame == "its own" else (13,))
