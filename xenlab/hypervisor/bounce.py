@@ -186,7 +186,7 @@ class BounceDelivery:
         code = vcpu.flat_code.get(cs) or self._xen.traps.segments.code(vcpu, cs)
         if code is None:
             raise Undeliverable(f"its bounce asks for the unusable code selector {cs:#x}")
-        if to_ring == ring and ss == vcpu.state.segment("ss").selector:
+        if to_ring == ring == vcpu.state.cpl and ss == vcpu.state.segment("ss").selector:
             return code, None
         stack = self._xen.traps.segments.stack(vcpu, ss, to_ring)
         if stack is None:

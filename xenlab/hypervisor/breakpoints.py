@@ -36,6 +36,7 @@ _LENGTHS = (1, 2, 8, 4)
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67))
 _POP_SS, _LOAD_SEGMENT, _SS = 0x17, 0x8E, 2
 _LONGEST = 15
+_EXCEPTIONS = 32
 _U32 = 0xFFFF_FFFF
 
 
@@ -52,8 +53,6 @@ class Breakpoints:
         self._seen: list[tuple[int, int, bool]] = []
         self._trapped, self._hits = False, 0
         self.raised = False
-        # Hits that wait for the instruction behind a load of SS: whose, and which.
-        self._held: tuple[int, int] = (-1, 0)
 
     def note(self, vcpu: Vcpu) -> None:
         """Its DR7 was written."""
@@ -84,35 +83,41 @@ class Breakpoints:
         if self._end is None:
             self._end = self._cpu.engine.observe(lambda *_: None, self._accessed)
         shadow = loads_stack_segment(self._xen.guest_memory.read_code(vcpu, _LONGEST))
-        held = self._held[1] if self._held[0] == vcpu.key else 0
+        # Those that wait for the instruction behind a load of SS.
+        held, vcpu.held_hits = vcpu.held_hits, 0
         self._execute(vcpu, held, list(self._watched(vcpu)))
         if self._trapped:
             return
         if flags & RF:
             state.eflags &= ~RF
         if self._hits and shadow:
-            self._held = vcpu.key, self._hits
+            vcpu.held_hits = self._hits
         elif self._hits:
             self._raise(vcpu, self._hits)
 
     def _execute(self, vcpu: Vcpu, held: int, watched: list[tuple[int, int, int, int]]) -> None:
         """One instruction, and what it hits, with ``held`` from before; nothing if it traps.
 
-        If the guest steps through its code, that trap comes behind the instruction, and says of hits too.
+        If the guest steps through its code, that trap comes behind the instruction, and says of hits too.  Behind a
+        software interrupt those from before go on waiting; a fault loses them.  A fault at fetching takes no time,
+        and ends the run: what its handler begins with may be watched as well.
         """
-        handler = self._cpu.handler
+        handler, begun = self._cpu.handler, self._xen.now
 
         def trap(vector: int, error: int, address: int) -> None:
             self._trapped = True
             if vector == DEBUG:
                 vcpu.control["dr6"] |= held | self._hit(watched)
+            vcpu.held_hits = held if vector >= _EXCEPTIONS else 0
+            if self._xen.now == begun:
+                self._cpu.stop()
             handler(vector, error, address)
 
-        self._trapped, self._held = False, (-1, 0)
+        self._trapped = False
         self._seen.clear()
         self._cpu.handler = trap
         try:
-            self._cpu.run_until(self._xen.now + 1)
+            self._cpu.run_until(begun + 1)
         finally:
             self._cpu.handler = handler
         self._hits = held | self._hit(watched)

@@ -354,8 +354,8 @@ class Hypervisor:
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
             if chosen is not None:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
-        if chosen is not None and chosen.failing:
-            self.exceptions.segment_registers.go_on(chosen)
+        if chosen is not None and (chosen.failing or chosen.nmi_pending):
+            self.exceptions.go_on(chosen)
         if chosen is not None and not self.pick_needed and chosen.event_callback is not None:
             self._upcall(chosen)
 
@@ -378,8 +378,7 @@ class Hypervisor:
 
     def forget_caches(self) -> None:
         """Empty what the CPU caches of the guests' memory: what a machine that was put back does not have."""
-        self.guest_memory.forget_written()
-        self.cpu.flush_tlb()
+        saving.forget_caches(self)
 
     def record(self, kind: Kind, domid: int, *values: Any) -> None:
         """Add an event to the trace, if there is one."""

@@ -111,6 +111,7 @@ class Vcpu:
         shown_level: its I/O privilege level as its kernel sees it in frames: bits of EFLAGS.
         run_state: see `RunState`.
         watched: whether it has a breakpoint on (`breakpoints`).
+        held_hits: breakpoints that it has hit and is not told of yet, as bits.
         fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
         address_limit: the first linear address that the guest's segments do not reach.
@@ -147,6 +148,7 @@ class Vcpu:
     run_state: RunState = RunState.PAUSED
     paused_from: RunState = RunState.RUNNABLE
     watched: bool = False
+    held_hits: int = 0
     fetch_faults: tuple[int, int] = (-1, 0)
     opened_at: int = -1
     gdt: tuple[int, ...] = ()
@@ -190,7 +192,7 @@ class Vcpu:
             "events": (self.event_callback, self.polling),
             "kernel_stack": (self.kernel_ss, self.kernel_esp),
             "control": dict(self.control),
-            "watched": self.watched,
+            "watched": (self.watched, self.held_hits),
             "io": (self.io, self.shown_level),
             "run_state": (self.run_state, self.paused_from),
             "fetch_faults": self.fetch_faults,
@@ -212,7 +214,7 @@ class Vcpu:
         self.event_callback, self.polling = saved["events"]
         self.kernel_ss, self.kernel_esp = saved["kernel_stack"]
         self.control = dict(saved["control"])
-        self.watched = saved["watched"]
+        self.watched, self.held_hits = saved["watched"]
         self.io, self.shown_level = saved["io"]
         self.run_state, self.paused_from = saved["run_state"]
         self.fetch_faults, self.opened_at = saved["fetch_faults"], saved["opened_at"]

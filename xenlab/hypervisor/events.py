@@ -158,7 +158,8 @@ class EventChannels:
         polled = [port for (port,) in iter_unpack("<I", self._guest.read(vcpu, ports, 4 * count))]
         if self.due(vcpu) or any(self._is_pending(vcpu.domain, port) for port in polled):
             return
-        vcpu.polling = polled[0] if count == 1 else ANY_PORT
+        # Nothing is ever sent to port 0, and it would look like no poll at all.
+        vcpu.polling = (polled[0] if count == 1 else ANY_PORT) or ANY_PORT
         self._xen.block(vcpu)
         self._xen.timers.limit_poll(vcpu, timeout)
 

@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 
 _U32 = 0xFFFF_FFFF
 _LONGEST_INSTRUCTION = 15
-# So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching.
+# So many faults at an address, with no instruction begun in between, end a guest: all but the first are at fetching,
+# or at a breakpoint on the first instruction of #DB's own handler.
 _TRIPLE = 3
-_OF_FETCHES = frozenset((PAGE_FAULT, PROTECTION))
+_OF_FETCHES = frozenset((PAGE_FAULT, PROTECTION, DEBUG))
 _USER_ACCESS = 4  # in a page fault's error code
 _USER_RING = 3
 _READ_COUNTER = b"\x0f\x33"  # RDPMC
@@ -117,6 +118,13 @@ class Exceptions:
         """An ``iret`` to a segment that cannot be loaded: to the guest, its target raised the exception."""
         self._deliver(vcpu, fault.vector, fault.error, 0, fault)
 
+    def go_on(self, vcpu: Vcpu) -> None:
+        """``vcpu`` is about to run, and cannot as it is, or has an NMI to take."""
+        if vcpu.failing:
+            self.segment_registers.go_on(vcpu)
+        if not vcpu.domain.ended:
+            self.take_nmi(vcpu)
+
     def take_nmi(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` enter its handler if an NMI was sent to it and it is not in it; without one the NMI is lost."""
         if vcpu.nmi_pending and not vcpu.nmi_masked:
@@ -135,7 +143,7 @@ class Exceptions:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
         if vector in _OF_FETCHES and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
-            self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be fetched")
+            self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be begun")
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:
         """What a touch of the hypervisor's range is to the guest: vector, error code and address.

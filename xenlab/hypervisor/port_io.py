@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from xenlab.hypervisor.guest_memory import GuestMemory
 
 CLOCK_PORT, PCI_PORT = 0x70, 0xCF8
-# Rounds of a repeated instruction that are done in one trap; the rest is done when it is executed again.
-ROUNDS = 1024
+# Rounds of a repeated instruction that are done in one trap; the rest is done when it is executed again.  A trap counts
+# as one instruction however long it takes, so there are few: else a guest could stop time for all but the host.
+ROUNDS = 32
 _U32, _U16 = 0xFFFF_FFFF, 0xFFFF
 _OPERAND_SIZE, _ADDRESS_SIZE, _REPEAT = 0x66, 0x67, (0xF2, 0xF3)
 _SEGMENT_PREFIXES = dict(zip((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65), SEGMENTS, strict=True))

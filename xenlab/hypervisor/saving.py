@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xenlab.hypervisor.event_bits import SlottedEvents
 from xenlab.hypervisor.parts import load_part, save_part
+from xenlab.machine.memory import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
@@ -58,6 +59,16 @@ def restore(xen: Hypervisor, saved: dict[str, Any]) -> None:
     xen.cpu.deadline = min(xen.slice_end, xen.timers.due)
     if xen.current is not None:
         xen.cpu.load(xen.current.state)
+
+
+def forget_caches(xen: Hypervisor) -> None:
+    """Empty the TLB, and forget code in all pages that are written without telling the CPU each time."""
+    xen.guest_memory.forget_written()
+    xen.cpu.gates.forget_written()
+    for domain in xen.domains.values():
+        for mfn in {domain.shared_info_mfn, *(vcpu.info >> PAGE_SHIFT for vcpu in domain.vcpus)}:
+            xen.cpu.forget_code(mfn << PAGE_SHIFT, mfn + 1 << PAGE_SHIFT)
+    xen.cpu.flush_tlb()
 
 
 def _parts(xen: Hypervisor) -> list[tuple[str, object]]:

@@ -152,9 +152,10 @@ class Timers:
         for key in [key for key, at in self._polls.items() if at <= now]:
             del self._polls[key]
             self._end_poll(self._xen.vcpus[key])
-        for domid, watchdog in [watchdog for watchdog, at in self._watchdogs.items() if at <= now]:
-            del self._watchdogs[domid, watchdog]
-            self._bite(domid)
+        for watchdog in [watchdog for watchdog, at in self._watchdogs.items() if at <= now]:
+            # Of two that are due at once, the first ends the domain and takes the other with it.
+            if self._watchdogs.pop(watchdog, None) is not None:
+                self._bite(watchdog[0])
         if self._alarm is not None and self._alarm <= now:
             for vcpu, clock in self._expired(now):
                 self._go_off(vcpu, clock, _CLOCKS[clock])

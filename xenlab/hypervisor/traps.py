@@ -135,7 +135,10 @@ class TrapDelivery:
         elif to_ring > ring:
             raise Undeliverable(f"the handler's ring {to_ring} is less privileged than ring {ring}")
         else:
-            words, base = (eip, cs, saved_flags), 0 if ss in vcpu.flat_data else state.segment("ss").base
+            if interrupted is not None and ring != state.cpl:
+                stack = self._returned_stack(vcpu, ss, ring)
+            words = eip, cs, saved_flags
+            base = 0 if ss in vcpu.flat_data else (stack or state.segment("ss")).base
             if ring == USER_RING:
                 size = 16 if error != SOFTWARE and vector in WITH_ERROR_CODE else 12
                 self._check_user_stack(vcpu, base + esp - size & 0xFFFF_FFFF, size)
@@ -163,6 +166,13 @@ class TrapDelivery:
         stack = stack or self.segments.stack(vcpu, vcpu.kernel_ss, ring)
         if stack is None:
             raise Undeliverable(f"the kernel stack has the unusable selector {vcpu.kernel_ss:#x}")
+        return stack
+
+    def _returned_stack(self, vcpu: Vcpu, ss: int, ring: int) -> Segment:
+        """The stack of a return to ``ring`` that failed, for a handler there: the CPU is not in that ring yet."""
+        stack = (vcpu.flat_data.get(ss) if ss & 3 == ring else None) or self.segments.stack(vcpu, ss, ring)
+        if stack is None:
+            raise Undeliverable(f"ring {ring} was to handle a return to it with the unusable stack selector {ss:#x}")
         return stack
 
     def saved(self, vcpu: Vcpu, cs: int, flags: int) -> tuple[int, int]:

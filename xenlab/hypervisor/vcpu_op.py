@@ -149,7 +149,10 @@ class VcpuOps:
         if address:
             raise HypercallError(Errno.EINVAL)
         target.nmi_pending = True
-        self._xen.exceptions.take_nmi(target)
+        if self._xen.allowance.shared:
+            self._xen.reschedule()  # behind the batch, which may have to be called again
+        else:
+            self._xen.exceptions.take_nmi(target)
 
     def _get_physid(self, _vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
         raise HypercallError(Errno.EINVAL)  # no vCPU is bound to a physical one

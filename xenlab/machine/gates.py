@@ -84,6 +84,14 @@ class Gates:
         # Machine addresses of pages that frames were pushed to, good until the TLB is flushed.
         self._pages: dict[int, int] = {}
         self._seen_at = -1
+        # All that were pushed to since `forget_written`.
+        self._written: set[int] = set()
+
+    def forget_written(self) -> None:
+        """Have the CPU translate code anew in all pages that frames were pushed to since the last time."""
+        for page in self._written:
+            self._forget_code(page, page + PAGE_SIZE)
+        self._written.clear()
 
     def enter(self, state: CpuState, gate: TrapGate, flushes: int) -> bool:
         """Go through ``gate``, if the CPU would not fault; else nothing has happened.
@@ -156,5 +164,6 @@ class Gates:
             if isinstance(found, PageFault):
                 return -1
             page = self._pages[address | ring] = found.machine
+            self._written.add(page)
             self._forget_code(page, page + PAGE_SIZE)
         return page

@@ -43,7 +43,7 @@ def _state(hypervisor: Hypervisor) -> Iterator[Any]:
     for domid, domain in sorted(hypervisor.domains.items()):
         state = saved["states"][domid]
         yield domid, domain.name, domain.privileged, domain.own_tables, domain.shared_info_mfn
-        yield state["memory"], state["console"], state["ports"], domain.shutdown
+        yield state["memory"], state["console"], state["ports"], state["services"], domain.shutdown
         for vcpu, virtual in zip(domain.vcpus, state["vcpus"], strict=True):
             yield vcpu.key, vcpu.state.architectural()
             yield {name: value for name, value in virtual.items() if name != "registers"}
