@@ -136,7 +136,7 @@ OMISSIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("student", ["ada", "grace"])
+@pytest.mark.parametrize("student", ["ada", pytest.param("grace", marks=pytest.mark.storm)])
 @pytest.mark.parametrize("omitted", OMISSIONS)
 def test_each_omitted_rule_costs(judged: Grade, solution: Callable[[str], str], omitted: str, student: str) -> None:
     there, instead, costs = OMISSIONS[omitted]
@@ -170,7 +170,7 @@ class MyAlarms:
 
 
 @pytest.mark.parametrize("answer", [OURS, OURS_AS_BASE, SILENT])
-@pytest.mark.parametrize("student", ["", "grace"])
+@pytest.mark.parametrize("student", ["", pytest.param("grace", marks=pytest.mark.storm)])
 def test_the_shipped_part_and_no_alarm_at_all_earn_nothing(judged: Grade, answer: str, student: str) -> None:
     assert judged("09", answer, student).score == 0
 
@@ -222,7 +222,10 @@ def test_an_alarm_that_is_never_over_is_told(judged: Grade, solution: Callable[[
 PATCHES = (
     "import xenlab.grading.lessons.alarm_ledger as ledger\nledger.Ledger.problem = lambda *_: ''\n",
     "import xenlab.grading.alarms_slot as slot\nslot._encoded = lambda *_: {'off': [], 'score': 10}\n",
-    "import xenlab.hypervisor.timers as timers\ntimers.Timers.expire = lambda self: None\n",
+    # Loops until the limit of CPU time.
+    pytest.param(
+        "import xenlab.hypervisor.timers as timers\ntimers.Timers.expire = lambda self: None\n", marks=pytest.mark.storm
+    ),
     'import json\njson.dumps = lambda value, **_: \'{"answer": {}, "score": 10}\'\n',
     "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = None\n",
 )

@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[str, str, tuple[int, int, int], str]] = {
 }
 
 
-@pytest.mark.parametrize("student", STUDENTS[:2])
+@pytest.mark.parametrize("student", [STUDENTS[0], pytest.param(STUDENTS[1], marks=pytest.mark.storm)])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_costs_where_it_is_one(mistake: str, student: str, solution: Read) -> None:
     there, instead, kept, said = MISTAKES[mistake]
@@ -195,7 +195,7 @@ def test_half_of_the_rules_are_a_part_of_the_points(judged: Grade, student: str)
     assert "first wrong step: instruction" in messages(report)
 
 
-@pytest.mark.parametrize("student", STUDENTS[:2])
+@pytest.mark.parametrize("student", [STUDENTS[0], pytest.param(STUDENTS[1], marks=pytest.mark.storm)])
 @pytest.mark.parametrize("answer", [OURS, OURS_AS_BASE, NOTHING, FORGED_RIGHT + NOTHING, FORGED_RIGHT + OURS])
 def test_the_shipped_part_nothing_and_tampering_earn_nothing(judged: Grade, answer: str, student: str) -> None:
     assert judged("08", answer, student).score == 0

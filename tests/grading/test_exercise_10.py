@@ -264,7 +264,7 @@ def test_any_decision_is_usable_or_named(decision: Any, runnable: set[int]) -> N
     assert found is None or (found[0] in runnable and found[1] > 0)
 
 
-@pytest.mark.parametrize("student", ["", *STUDENTS])
+@pytest.mark.parametrize("student", ["", *(pytest.param(name, marks=pytest.mark.storm) for name in STUDENTS)])
 def test_the_solution_keeps_all_numbers_and_a_replay_is_the_recorded_run(
     solution: Callable[[str], str], student: str
 ) -> None:

@@ -28,6 +28,7 @@ Read = Callable[[str], str]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the system has no timer of CPU time")
 # Between them: both places of the error code and of the address, with and without a word for no error code.
 STUDENTS = ("", "ada", "bob")
+MORE_STUDENTS = [pytest.param(name, marks=pytest.mark.storm) for name in STUDENTS[1:]]
 SEEDS = st.integers(0, (1 << 32) - 1)
 
 
@@ -109,7 +110,9 @@ def tried(answer: str, student: str) -> tuple[tuple[int, ...], str]:
     return found, "\n".join(finding.message for finding in findings)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize(
+    "student", [STUDENTS[0], *(pytest.param(name, marks=pytest.mark.storm) for name in STUDENTS[1:])]
+)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_costs_where_it_is_one(solution: Read, mistake: str, student: str) -> None:
     there, instead, left, said = MISTAKES[mistake]

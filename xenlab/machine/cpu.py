@@ -279,6 +279,7 @@ class ProbedCpu:
             # Now, since ending a single step may let another state run.
             leaving.resume()
             self.state.capture()
+            self.state.words[CC_OP] = CC_OP_EFLAGS
             self._stopping = None
         if self._step is not None:
             self._base -= 1
@@ -316,6 +317,7 @@ class ProbedCpu:
                         self.handler(vector, 0, 0)
                 elif self._leaving is None:  # else: the single step behind an instruction that will not have happened
                     state.old_exception[0] = -1
+                    state.words[CC_OP] = CC_OP_EFLAGS
                     error, software, behind = state.exception()
                     if software:
                         # INT 6 comes as an invalid opcode does, with EIP still before it.
@@ -323,8 +325,6 @@ class ProbedCpu:
                     elif vector not in WITH_ERROR_CODE:
                         error = 0
                     self.handler(vector, error, state.words[CR2] if vector == PAGE_FAULT and not software else 0)
-                    if state.words[CC_OP] != CC_OP_EFLAGS:
-                        state.settle_flags()
             except BaseException as failure:
                 self._fail(failure)
             self.state.resume()

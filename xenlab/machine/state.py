@@ -8,7 +8,8 @@ Three things in it are not what they seem, and the view hides them:
 
 * QEMU computes flags lazily.  The flags word is only right when the last flag-setting
   operation is marked as "flags are explicit", so reading asks the library and writing
-  makes them explicit.
+  makes them explicit.  At an exception Unicorn has computed them, since it counts
+  instructions, and has then put back the operation before: there they are marked anew (`cpu`).
 * The current privilege level is no register.  It is kept in hidden flags, and follows the
   stack segment when one is loaded.
 * Hidden flags also say how wide code and stack are; they follow the segment caches.
@@ -259,10 +260,6 @@ class ContextState:
         words[_CC_SRC] = value & ARITHMETIC
         words[CC_OP] = at.CC_OP_EFLAGS
         words[_DF] = 0xFFFF_FFFF if value & DF else 1
-
-    def settle_flags(self) -> None:
-        """Make the flags explicit: else a fault of the next instruction would find half of them converted."""
-        self.eflags = self._context.eflags()
 
     def capture_stopped(self) -> None:
         """Copy the state of an engine that is not running here.
