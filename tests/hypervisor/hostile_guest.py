@@ -22,6 +22,44 @@ secret: .rept 1024
         .long 0x5EC2E7
         .endr
 """
+# Has exception frames pushed over a function that it calls before and after; ENTER are two bytes that raise VECTOR.
+FRAMES_OVER_CODE = """
+start:  mov ebx, offset table
+        mov eax, __HYPERVISOR_set_trap_table
+        int 0x82
+        lea eax, [esp + scratch - 4]
+        clc
+loop:   call patched
+        add [sum], ecx
+        rol dword ptr [sum], 1
+        lea esp, [patched + 13]
+        inc edi
+        and edi, 7
+        cmp eax, eax
+        jmp dword ptr [edi * 4 + sites]
+sites:  .rept 8
+        .long site + (. - sites) / 2
+        .endr
+site:   .rept 8
+        {enter}
+        .endr
+handler: mov esp, offset top
+        lea eax, [esp + scratch - 4]
+        clc
+        jmp loop
+sum:    .long 0
+        .align 256
+scratch: .skip 256
+        .align 4096
+# The frame's words, executed: the immediate is EIP; then sbb eax, esp; add [eax], al; and flags alike.
+patched: .byte 0xb9, 0x11, 0x22, 0x33, 0x44, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x00, 0xc3, 0xc3
+        .skip 200
+top:    .align 4096
+table:  .byte {vector}, {flags}
+        .short FLAT_RING1_CS
+        .long handler
+        .long 0, 0
+"""
 # Subroutines take EAX, EDX and ECX and change only these; a result is in EAX.
 PRELUDE = """
 start:  mov [boot_info], esi

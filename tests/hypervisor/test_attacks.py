@@ -6,6 +6,7 @@ import signal
 from typing import Any
 
 import pytest
+from hostile_guest import FRAMES_OVER_CODE
 
 from xenlab import Hypervisor, Machine, boot
 from xenlab.hypervisor.domain import CONSOLE_BYTES, Domain
@@ -197,43 +198,6 @@ def test_translated_code_is_bounded() -> None:
     assert Engine(Memory(1)).uc.ctl_get_tcg_buffer_size() == TRANSLATIONS
 
 
-FRAMES_OVER_CODE = f"""
-start:  {TABLE}
-        lea eax, [esp + scratch - 4]
-        clc
-loop:   call patched
-        add [sum], ecx
-        rol dword ptr [sum], 1
-        lea esp, [patched + 13]
-        inc edi
-        and edi, 7
-        cmp eax, eax
-        jmp dword ptr [edi * 4 + sites]
-sites:  .rept 8
-        .long site + (. - sites) / 2
-        .endr
-site:   .rept 8
-        ud2
-        .endr
-handler: mov esp, offset top
-        lea eax, [esp + scratch - 4]
-        clc
-        jmp loop
-sum:    .long 0
-        .align 256
-scratch: .skip 256
-        .align 4096
-# The frame's words, executed: the immediate is EIP; then sbb eax, esp; add [eax], al; and flags alike.
-patched: .byte 0xb9, 0x11, 0x22, 0x33, 0x44, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x00, 0xc3, 0xc3
-        .skip 200
-top:    .align 4096
-table:  .byte 6, 0
-        .short FLAT_RING1_CS
-        .long handler
-        .long 0, 0
-"""
-
-
 def test_frames_pushed_over_running_code() -> None:
     """Background: the CPU does not notice that the hypervisor writes over code it has translated.
 
@@ -241,7 +205,7 @@ def test_frames_pushed_over_running_code() -> None:
     Construction: exception frames are pushed over a function that is called before and after.
     """
     xen = Hypervisor(Machine(memory_mib=4))
-    guest = boot(xen, FRAMES_OVER_CODE)
+    guest = boot(xen, FRAMES_OVER_CODE.format(enter="ud2", vector=6, flags=0))
     timeline = Timeline(xen, interval=700, snapshots=30)
     hashes = {}
     while timeline.position < 9000:

@@ -10,7 +10,7 @@ import struct
 from typing import Any
 
 import pytest
-from hostile_guest import machine, suffer
+from hostile_guest import FRAMES_OVER_CODE, machine, suffer
 from hypercall_bench import SCRATCH, Bench
 
 from xenlab import Hypervisor, Machine, boot
@@ -254,39 +254,6 @@ table:  .byte 1, 0
         assert state.ecx > 20
 
 
-FRAMES_BY_A_GATE = f"""
-start:  {TABLE}
-loop:   call patched
-        add [sum], ecx
-        rol dword ptr [sum], 1
-        lea esp, [patched + 13]
-        inc edi
-        and edi, 7
-        cmp eax, eax
-        jmp dword ptr [edi * 4 + sites]
-sites:  .rept 8
-        .long site + (. - sites) / 2
-        .endr
-site:   .rept 8
-        int 0x80
-        .endr
-handler: mov esp, offset top
-        lea eax, [esp + scratch - 4]
-        clc
-        jmp loop
-sum:    .long 0
-        .align 256
-scratch: .skip 256
-        .align 4096
-# The frame's words, executed: the immediate is EIP; then sbb eax, esp; add [eax], al; and flags alike.
-patched: .byte 0xb9, 0x11, 0x22, 0x33, 0x44, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x00, 0xc3, 0xc3
-        .skip 200
-top:    .align 4096
-table:  .byte 0x80, 1
-        .short FLAT_RING1_CS
-        .long handler
-        .long 0, 0
-"""
 # Sends itself an event, whose bit stands in the immediate operand of an instruction that it executes.
 EVENT_BITS = """
 start:  mov edi, 11
@@ -348,7 +315,7 @@ class TestCode:
     @pytest.mark.parametrize("interval", [37, 101, 700])
     def test_frames_that_the_cpu_pushes_by_a_gate(self, interval: int, mode: PagingMode) -> None:
         """Construction: the frame of a direct system call lies over a function that is called before and after."""
-        replayed(FRAMES_BY_A_GATE, interval, 2500, mode)
+        replayed(FRAMES_OVER_CODE.format(enter="int 0x80", vector=0x80, flags=1), interval, 2500, mode)
 
     @pytest.mark.parametrize("interval", [37, 101])
     def test_event_bits(self, interval: int) -> None:
