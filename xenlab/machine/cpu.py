@@ -4,10 +4,10 @@ The problem: the hypervisor must see each exception and software interrupt with 
 registers at hand, change what it likes, and let the guest, or another one, go on.  And it
 must be able to run exactly N instructions, so that any run can be repeated and stepped.
 
-How a trap goes: Unicorn calls back with a vector; the context is saved into the running
-state; the handler gets vector, error code and address, and works on `Cpu.state`; the context
-of whatever state is then current is restored.  A domain switch is `Cpu.load` of another
-state inside the handler; the engine never leaves its loop.
+How a trap goes: Unicorn calls back with a vector; the handler gets it with error code and address, and works
+on `Cpu.state`, which is the engine's own registers; the guest goes on with whatever they are then.  A domain
+switch is `Cpu.load` of another state inside the handler, which copies one set of registers out and the other
+one in; the engine never leaves its loop.
 
 The invariant: time is the number of instructions begun, as the engine counts them, and it
 does not depend on how a run is cut into slices.  What breaks without it: replay (lesson 00),
@@ -20,7 +20,8 @@ results through Unicorn's public calls alone.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from unicorn import x86_const as x86
@@ -30,9 +31,9 @@ from xenlab.machine.gates import Gates
 from xenlab.machine.interrupts import deferred_interrupts
 from xenlab.machine.layout import CC_OP_EFLAGS, Layout
 from xenlab.machine.memory import Memory
-from xenlab.machine.paging import PagingMode
+from xenlab.machine.paging import TWO_LEVEL, PagingMode
 from xenlab.machine.power import CR0, CR0_PG, install_instruction_hooks, power_on, set_paging
-from xenlab.machine.state import CC_OP, CR2, ContextState
+from xenlab.machine.state import CC_OP, CR2, ContextState, Registers
 from xenlab.machine.vectors import INVALID_OPCODE, MACHINE_CHECK, PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 
 TrapHandler = Callable[[int, int, int], None]
@@ -157,33 +158,46 @@ class ProbedCpu:
         self.gates = Gates(memory, self.forget_code)
         self._inner: memoryview | list[int] = [0, 0]  # nowhere, until there is a task state segment
         power_on(self._engine)
+        self._registers = Registers(self._engine, layout)
+        self._exception, self._old_exception = self._registers.exception, self._registers.old_exception
         # What every vCPU starts from; the engine itself holds whatever guest ran last.
-        self._reset = Context(self._engine)
+        self._reset = bytes(self._registers.all)
+        # Nobody's, until the first is loaded.
+        self.state = ContextState(self._registers, TWO_LEVEL, 0)
+        self.state.enter()
         self._install_hooks()
 
     def new_state(self, mode: PagingMode, cr3: int) -> ContextState:
-        self._reset.resume()
-        set_paging(self._engine, mode)
-        self._flush = True
-        state = ContextState(self._engine, self._layout, mode, cr3)
+        with self._after_reset():
+            set_paging(self._engine, mode)
+            state = ContextState(self._registers, mode, cr3)
         state.set_ldt(0, 0)  # after a reset it would be all of the first 64 KiB
         return state
 
     def set_gdt(self, base: int, limit: int) -> None:
-        self._reset.resume()
-        self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
-        self._reset.capture()
+        with self._after_reset():
+            self._engine.uc.reg_write(x86.UC_X86_REG_GDTR, (0, base, limit, 0))
+            self._reset = bytes(self._registers.all)
 
     def set_tss(self, base: int, machine: int) -> None:
-        self._reset.resume()
-        self._engine.uc.reg_write(x86.UC_X86_REG_TR, (0, base, TSS_LIMIT, TSS_ATTRIBUTES))
-        self._reset.capture()
+        with self._after_reset():
+            self._engine.uc.reg_write(x86.UC_X86_REG_TR, (0, base, TSS_LIMIT, TSS_ATTRIBUTES))
+            self._reset = bytes(self._registers.all)
         self._inner = self.memory.words[machine + ESP1 >> 2 : machine + ESP1 + 8 >> 2]
 
     def set_inner_stack(self, state: ContextState, selector: int, pointer: int) -> None:
         state.inner_stack = pointer, selector
-        if state is getattr(self, "state", None):
+        if state is self.state:
             self._inner[0], self._inner[1] = pointer, selector
+
+    @contextmanager
+    def _after_reset(self) -> Iterator[None]:
+        """The engine as it was after power-on, for something that a new vCPU shall find; then as it was before."""
+        kept = bytes(self._registers.all)
+        self._registers.all[:] = self._reset
+        yield
+        self._registers.all[:] = kept
+        self._flush = True
 
     @property
     def instructions(self) -> int:
@@ -202,7 +216,10 @@ class ProbedCpu:
         return self.instructions if self._running and self._stopping is None else -1
 
     def load(self, state: ContextState) -> None:
-        self.state = state
+        if state is not self.state:
+            self.state.leave()
+            state.enter()
+            self.state = state
         self._inner[0], self._inner[1] = state.inner_stack
         self.flush_tlb()
 
@@ -213,9 +230,11 @@ class ProbedCpu:
     def forget_code(self, begin: int, end: int) -> None:
         # The library translates the addresses by the current tables; without paging they are machine
         # addresses, and no page fault is left in flight.
+        kept = bytes(self._registers.all)
         self._engine.write("cr0", CR0 & ~CR0_PG)
         self._engine.uc.ctl_remove_cache(begin, end)
         self._engine.write("cr0", CR0)
+        self._registers.all[:] = kept
 
     def single_step(self, done: StepHandler) -> None:
         self._step = done
@@ -262,7 +281,8 @@ class ProbedCpu:
                 mark.check()
 
     def _slice(self, count: int) -> None:
-        self._resume()
+        self.state.starts()
+        self._take_flush()
         self._running = True
         before = self._counter[0] = 0
         status = self._engine.start(self.state.eip, count)
@@ -273,12 +293,12 @@ class ProbedCpu:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        self.state.capture_stopped()
         leaving, self._leaving = self._leaving, None
-        if leaving is not None:
+        if leaving is None:
+            self.state.has_stopped()
+        else:
             # Now, since ending a single step may let another state run.
             leaving.resume()
-            self.state.capture()
             self.state.words[CC_OP] = CC_OP_EFLAGS
             self._stopping = None
         if self._step is not None:
@@ -290,14 +310,13 @@ class ProbedCpu:
         elif status or (reached <= before and self._stopping is None):
             self._trap_outside(MACHINE_CHECK)
 
-    def _resume(self) -> None:
-        self.state.resume_stopped()
+    def _take_flush(self) -> None:
         if self._flush:
             self._flush = False
             self._engine.write_cr3(self.state.cr3)
 
     def _trap_outside(self, vector: int) -> None:
-        self.state.old_exception[0] = -1
+        self._old_exception[0] = -1
         self.handler(vector, 0, 0)
 
     def _install_hooks(self) -> None:
@@ -305,7 +324,6 @@ class ProbedCpu:
 
         def on_interrupt(_engine: int, vector: int, _data: int) -> None:
             state = self.state
-            state.capture()
             try:
                 if self._step is not None:
                     self._counter[0] -= 1
@@ -316,9 +334,9 @@ class ProbedCpu:
                     if gate is None or vector != gate.vector or not self.gates.enter(state, gate, self.flushes):
                         self.handler(vector, 0, 0)
                 elif self._leaving is None:  # else: the single step behind an instruction that will not have happened
-                    state.old_exception[0] = -1
+                    self._old_exception[0] = -1
                     state.words[CC_OP] = CC_OP_EFLAGS
-                    error, software, behind = state.exception()
+                    error, software, behind = self._exception()
                     if software:
                         # INT 6 comes as an invalid opcode does, with EIP still before it.
                         error, state.eip = SOFTWARE, behind
@@ -327,7 +345,6 @@ class ProbedCpu:
                     self.handler(vector, error, state.words[CR2] if vector == PAGE_FAULT and not software else 0)
             except BaseException as failure:
                 self._fail(failure)
-            self.state.resume()
             if self._flush:
                 self._flush = False
                 engine.write_cr3(self.state.cr3)

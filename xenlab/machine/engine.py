@@ -52,7 +52,7 @@ def _function(name: str, *arguments: Any) -> Callable[..., int]:
 # these are made on every trap or every switch.
 _direct = ctypes.PyDLL(uclib._name)
 _direct_save, _direct_restore = _direct["uc_context_save"], _direct["uc_context_restore"]
-_direct_reg_read, _direct_reg_write = _direct["uc_context_reg_read"], _direct["uc_reg_write"]
+_direct_reg_read, _direct_reg_write = _direct["uc_reg_read"], _direct["uc_reg_write"]
 
 context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
 context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
@@ -99,6 +99,9 @@ class Engine:
         self._cr3 = ctypes.c_uint64()
         number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(self._cr3))
         self._load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
+        self._flags = ctypes.c_uint64()
+        number, buffer = ctypes.c_int(REGISTER_IDS["eflags"]), _ptr(ctypes.addressof(self._flags))
+        self._read_flags = partial(_direct_reg_read, _ptr(self.handle), number, buffer)
 
     def start(self, eip: int, count: int) -> int:
         """Run from ``eip`` for at most ``count`` instructions; the status that Unicorn returns."""
@@ -176,6 +179,11 @@ class Engine:
         self._cr3.value = value
         self._load_cr3()
 
+    def eflags(self) -> int:
+        """The flags, whatever form they are kept in."""
+        self._read_flags()
+        return self._flags.value & 0xFFFF_FFFF
+
     def read(self, register: str) -> int:
         """Read a register by name through the public API."""
         value: int = self.uc.reg_read(REGISTER_IDS[register])
@@ -215,14 +223,10 @@ class Context:
         handle, pointer = _ptr(engine.handle), _ptr(self.pointer)
         self.capture = partial(_direct_save, handle, pointer)
         self.resume = partial(_direct_restore, handle, pointer)
-        self._flags = ctypes.c_uint64()
-        number, buffer = ctypes.c_int(REGISTER_IDS["eflags"]), _ptr(ctypes.addressof(self._flags))
-        self._read_flags = partial(_direct_reg_read, pointer, number, buffer)
 
     def eflags(self) -> int:
         """The flags of the saved state, whatever form they are kept in."""
-        self._read_flags()
-        return self._flags.value & 0xFFFF_FFFF
+        return self.read("eflags")
 
     def read(self, register: str) -> int:
         """Read a register of the saved state through the public API."""

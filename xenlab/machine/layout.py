@@ -1,8 +1,9 @@
-"""Where things stand inside Unicorn's saved context, found by experiment at start-up.
+"""Where things stand inside Unicorn's CPU state, found by experiment at start-up.
 
 The problem: changing ring, writing flags and reading a page fault's error code have no
-function in Unicorn's public API, but they have fixed places in the context that
-``uc_context_save`` copies out.  Where exactly depends on how the library was built.
+function in Unicorn's public API, but they have fixed places in QEMU's ``CPUX86State``.  The engine
+keeps one for the CPU that runs, and ``uc_context_save`` copies it out.  Where exactly depends on how the
+library was built.
 
 The invariant: an offset is used only after known values were seen at it.  A probe puts
 patterns into registers and provokes known faults in a CPU of its own, and looks where they
@@ -18,18 +19,20 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 
-from unicorn.x86_const import UC_X86_REG_GDTR
+from unicorn.x86_const import UC_X86_REG_GDTR, UC_X86_REG_ST7, UC_X86_REG_XMM7
 
 from xenlab.errors import MachineError
 from xenlab.machine.engine import GENERAL, Context, Engine
 from xenlab.machine.memory import Memory
+from xenlab.machine.peek import peeking
 
 # Distances in bytes from the first general register, in QEMU's struct CPUX86State.
 EIP, EFLAGS, CC_SRC, CC_OP, DF, HFLAGS = 128, 136, 152, 168, 172, 176
 SEGMENT_CACHES, SEGMENT_STRIDE, CONTROL = 184, 24, 424
 CC_OP_EFLAGS = 1
 HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE, HF_TS = 0x3, 0x10, 0x20, 0x40, 0x80, 0x800
-_ENGINE_BYTES_SEARCHED = 3072
+_ENGINE_BYTES_SEARCHED, _CPU_BYTES_SEARCHED = 3072, 1 << 16
+_LOWEST_ADDRESS, _HIGHEST_ADDRESS = 1 << 16, 1 << 56
 _PATTERN = 0x5EED_A000
 _PROTECTED, _TASK_SWITCHED = 0x11, 0x19  # CR0: ET and PE, and TS too
 
@@ -40,19 +43,25 @@ class ProbeError(MachineError):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Byte offsets in a saved context, and of the counter in the engine's structure.
+    """Byte offsets in a saved context, and in the engine's structure.
 
     Attributes:
         general: the first general register (EAX) in a context.
         error_code: 32-bit error code of the last exception.
         old_exception: 32-bit vector of the exception being delivered, -1 when none is.
+        span: so many bytes from the first general register on are all that a guest can change of its CPU.
         counter: 64-bit count of instructions begun in this run, in the engine; the limit follows it.
+        cpu: a pointer in the engine.
+        running: how far behind it the first general register of the CPU that runs is.
     """
 
     general: int
     error_code: int
     old_exception: int
+    span: int
     counter: int
+    cpu: int
+    running: int
 
 
 @cache
@@ -60,9 +69,11 @@ def probe() -> Layout:
     """Find the layout of the library that is loaded.  Raises ProbeError naming what failed."""
     engine = Engine(Memory(1))
     general = _probe_general(engine)
+    cpu, running = _probe_running(engine)
     _check_head(engine, general)
+    span = _probe_span(engine, general)
     error_code, old_exception = _probe_fault(engine)
-    return Layout(general, error_code, old_exception, _probe_counter(engine))
+    return Layout(general, error_code, old_exception, span, _probe_counter(engine), cpu, running)
 
 
 def _find(raw: memoryview, value: int, width: int = 4) -> set[int]:
@@ -71,8 +82,7 @@ def _find(raw: memoryview, value: int, width: int = 4) -> set[int]:
 
 
 def _probe_general(engine: Engine) -> int:
-    for number, name in enumerate(GENERAL):
-        engine.write(name, _PATTERN + number)
+    _registers(engine, _PATTERN)
     raw = Context(engine).raw
     starts = _find(raw, _PATTERN)
     for number in range(1, len(GENERAL)):
@@ -80,6 +90,46 @@ def _probe_general(engine: Engine) -> int:
     if len(starts) != 1:
         raise ProbeError(f"general registers: expected one place in the context, found {len(starts)}")
     return starts.pop()
+
+
+def _probe_running(engine: Engine) -> tuple[int, int]:
+    """Look behind every number in the engine that could be an address for the registers, which have known values."""
+    numbers = list((ctypes.c_uint64 * (_ENGINE_BYTES_SEARCHED // 8)).from_address(engine.handle))
+    before = _registers(engine, _PATTERN)
+    with peeking() as peek:
+        for place, address in enumerate(numbers):
+            if address % 8 or not _LOWEST_ADDRESS < address < _HIGHEST_ADDRESS:
+                continue
+            distance = peek(address, _CPU_BYTES_SEARCHED).find(before)
+            if distance < 0:
+                continue
+            # A copy of the registers, such as a context, does not follow when they change.
+            if _registers(engine, _PATTERN + 0x100) == peek(address + distance, len(before)):
+                return 8 * place, distance
+            before = _registers(engine, _PATTERN)
+    raise ProbeError("the registers of the running CPU: found behind no pointer of the engine")
+
+
+def _registers(engine: Engine, first: int) -> bytes:
+    """Give the general registers known values; how they look in the CPU's state."""
+    for number, name in enumerate(GENERAL):
+        engine.write(name, first + number)
+    return b"".join((first + number).to_bytes(8, "little") for number in range(len(GENERAL)))
+
+
+def _probe_span(engine: Engine, general: int) -> int:
+    """The last SSE register is the last of all that a guest can change; behind it model-specific registers begin."""
+    engine.uc.reg_write(UC_X86_REG_XMM7, _PATTERN << 64 | _PATTERN + 8)
+    engine.uc.reg_write(UC_X86_REG_ST7, _PATTERN + 16 << 32)
+    raw = Context(engine).raw
+    last = {at for at in _find(raw, _PATTERN, 16 - 8) if raw[at - 8 : at] == (_PATTERN + 8).to_bytes(8, "little")}
+    floating = _find(raw, _PATTERN + 16 << 32, 8)
+    if len(last) != 1 or len(floating) != 1:
+        raise ProbeError(f"XMM7 and ST7: expected one place each in the context, found {len(last)} and {len(floating)}")
+    end = last.pop() + 8 - general
+    if not general < floating.pop() < general + end:
+        raise ProbeError("the floating-point registers: expected before the last SSE register")
+    return end
 
 
 def _check_head(engine: Engine, general: int) -> None:

@@ -1,8 +1,9 @@
-"""A vCPU's registers: a typed view over a saved context.
+"""A vCPU's registers: a typed view over the engine's own, or over a copy of them.
 
 The problem: the hypervisor works on the state of a vCPU that is not running, as a register
-frame on its stack was for Xen.  Here that frame is the context that Unicorn saved at the
-trap; the view reads and writes it in place.
+frame on its stack was for Xen.  The registers of the vCPU that was interrupted stand in the engine, and the view
+reads and writes them in place; those of all others are copies of so many bytes as a guest can change.
+A domain switch copies one out and another one in (`ContextState.leave`, `ContextState.enter`).
 
 Three things in it are not what they seem, and the view hides them:
 
@@ -20,8 +21,9 @@ as if the CPU had executed it.  What breaks without it: a guest that comes back 
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -46,7 +48,6 @@ _CACHES, _STRIDE = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4
 _CR0 = at.CONTROL // 4
 CR2 = _CR0 + 4
 _EXCEPTION = struct.Struct("<III")
-_HEAD_BYTES = at.CONTROL + 5 * 8
 _EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
 _LDT = _CACHES + _STRIDE * len(SEGMENTS)
 _GDT = _LDT + 2 * _STRIDE  # the task register stands between them
@@ -206,37 +207,109 @@ class _Word:
         state.words[self._index] = value
 
 
-class ContextState:
-    """`CpuState` over a saved context whose layout was probed.
+class View(NamedTuple):
+    """The registers at one place, ready for what traps do most.
 
     Attributes:
-        words: the leading part of the CPU state as 32-bit words, from EAX on.
-        capture, resume: copy the engine's state here, and back.
+        raw: all bytes that a guest can change, from EAX on.
+        words: the same as 32-bit words.
+        frame, set_eax, selectors, interrupted: see `CpuState`; the last in the form that the bytes have.
+    """
+
+    raw: memoryview
+    words: memoryview
+    frame: Callable[[], tuple[int, ...]]
+    set_eax: Callable[[int], None]
+    selectors: Callable[[], tuple[int, ...]]
+    interrupted: Callable[[], tuple[int, ...]]
+
+    @classmethod
+    def over(cls, raw: memoryview) -> View:
+        """The view over these bytes."""
+        words = raw.cast("I")
+        # Bound to the buffer here, since these are all that most traps do.
+        return cls(
+            raw,
+            words,
+            partial(_FRAME.unpack_from, raw),
+            partial(words.__setitem__, 0),
+            partial(_SELECTORS.unpack_from, raw, at.SEGMENT_CACHES),
+            partial(_INTERRUPTED.unpack_from, raw),
+        )
+
+
+class Registers:
+    """Where the engine keeps the registers of the CPU that runs.
+
+    Attributes:
+        all: everything that a context has of it, from EAX on.
+        view: what a guest can change.
+        exception: gives error code; 1 after INT n, INT3 and INTO; and the EIP behind such an instruction.
+        old_exception: the vector being delivered, -1 for none: one number.
+    """
+
+    def __init__(self, engine: Engine, layout: at.Layout) -> None:
+        self._scratch = Context(engine)
+        size = len(self._scratch.raw) - layout.general
+        cpu = ctypes.c_uint64.from_address(engine.handle + layout.cpu).value
+        self.all = memoryview((ctypes.c_ubyte * size).from_address(cpu + layout.running)).cast("B")
+        self.view = View.over(self.all[: layout.span])
+        self._copy = self._scratch.raw[layout.general : layout.general + layout.span]
+        self.exception = partial(_EXCEPTION.unpack_from, self.all, layout.error_code - layout.general)
+        old = layout.old_exception - layout.general
+        self.old_exception = self.all[old : old + 4].cast("i")
+        self.eflags = engine.eflags
+
+    def eflags_of(self, raw: memoryview) -> int:
+        """The flags of a copy, whatever form they are kept in."""
+        self._copy[:] = raw
+        return self._scratch.eflags()
+
+    def floating_point_of(self, raw: memoryview) -> dict[str, int]:
+        """The x87 and SSE registers of a copy, by name."""
+        self._copy[:] = raw
+        return self._scratch.floating_point()
+
+
+class ContextState:
+    """`CpuState` over registers whose layout was probed: the engine's own between `enter` and `leave`, else a copy.
+
+    Args:
+        registers: the engine's, whose present values it begins with.
+        mode, cr3: see `CpuState`.
+
+    Attributes:
+        words: the registers as 32-bit words, from EAX on.
     """
 
     eax, ecx, edx, ebx = _Word(0), _Word(2), _Word(4), _Word(6)
     esp, ebp, esi, edi = _Word(8), _Word(10), _Word(12), _Word(14)
     eip = _Word(_EIP)
 
-    def __init__(self, engine: Engine, layout: at.Layout, mode: PagingMode, cr3: int) -> None:
-        self._context = Context(engine)
-        self.capture, self.resume = self._context.capture, self._context.resume
-        raw = self._context.raw
-        self._head = raw[layout.general : layout.general + _HEAD_BYTES]
-        self.words = self._head.cast("I")
-        # Bound to the buffer here, since these are all that most traps do.
-        self.frame = partial(_FRAME.unpack_from, self._head)
-        self.set_eax = partial(self.words.__setitem__, 0)
-        self.selectors = partial(_SELECTORS.unpack_from, self._head, at.SEGMENT_CACHES)
-        self._unpack_interrupted = partial(_INTERRUPTED.unpack_from, self._head)
-        # Error code; 1 after INT n, INT3 and INTO; and the EIP behind such an instruction.
-        self.exception = partial(_EXCEPTION.unpack_from, raw, layout.error_code)
-        self.old_exception = raw[layout.old_exception : layout.old_exception + 4].cast("i")
+    def __init__(self, registers: Registers, mode: PagingMode, cr3: int) -> None:
+        self._registers = registers
+        self._copy = View.over(memoryview(bytearray(registers.view.raw)))
+        self._use(self._copy)
         self.mode, self.cr3 = mode, cr3
         self.gate: TrapGate | None = None
         self.inner_stack = (0, 0)
         # What `transfer` packed last: mostly the kernel's segments, each time.
         self._entry: tuple[Segment | None, Segment | None, bytes, bool, int] = (None, None, b"", False, 0)
+
+    def _use(self, view: View) -> None:
+        # Spelled out as attributes, since a trap reads them more often than a switch sets them.
+        self._raw, self.words, self.frame, self.set_eax, self.selectors, self._unpack_interrupted = view
+
+    def enter(self) -> None:
+        """These become the engine's registers."""
+        view = self._registers.view
+        view.raw[:] = self._copy.raw
+        self._use(view)
+
+    def leave(self) -> None:
+        """The engine's registers are about to be another state's."""
+        self._copy.raw[:] = self._registers.view.raw
+        self._use(self._copy)
 
     @property
     def cpl(self) -> int:
@@ -250,7 +323,7 @@ class ContextState:
     def eflags(self) -> int:
         words = self.words
         if words[CC_OP] != at.CC_OP_EFLAGS:
-            return self._context.eflags()
+            return self._lazy_flags()
         return words[_EFLAGS] & ~(ARITHMETIC | DF) | words[_CC_SRC] & ARITHMETIC | words[_DF] & DF | 2
 
     @eflags.setter
@@ -261,19 +334,21 @@ class ContextState:
         words[CC_OP] = at.CC_OP_EFLAGS
         words[_DF] = 0xFFFF_FFFF if value & DF else 1
 
-    def capture_stopped(self) -> None:
-        """Copy the state of an engine that is not running here.
+    def _lazy_flags(self) -> int:
+        entered = self._raw is self._registers.view.raw
+        return self._registers.eflags() if entered else self._registers.eflags_of(self._raw)
 
-        Between two runs the engine keeps all flags in one word; during a run it keeps most of them
-        beside it.  A context holds them as they stand during a run, the form that traps need.
+    def has_stopped(self) -> None:
+        """The engine is not running any more.
+
+        Between two runs it keeps all flags in one word; during a run it keeps most of them
+        beside it, which is the form that traps need.
         """
-        self.capture()
-        self.eflags = self._context.eflags()
+        self.eflags = self._registers.eflags()
 
-    def resume_stopped(self) -> None:
-        """Make this the state of an engine that is not running."""
+    def starts(self) -> None:
+        """The engine is about to run: the other way round."""
         self.words[_EFLAGS] = self.eflags
-        self.resume()
 
     def segment(self, name: str) -> Segment:
         start = _CACHES + _STRIDE * SEGMENTS.index(name)
@@ -307,12 +382,12 @@ class ContextState:
         words[_HFLAGS] = words[_HFLAGS] & ~at.HF_TS | (at.HF_TS if on else 0)
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
-        head = self._head
-        hidden, extra_base, data_base = _unpack_hidden(head, at.HFLAGS)
+        registers = self._raw
+        hidden, extra_base, data_base = _unpack_hidden(registers, at.HFLAGS)
         if ss is None:
             # In the same segment, as an upcall of a kernel is, all that follows from it stays too.
-            if _unpack_cache(head, _CODE_BYTE) != cs:
-                _pack_cache(head, _CODE_BYTE, *cs)
+            if _unpack_cache(registers, _CODE_BYTE) != cs:
+                _pack_cache(registers, _CODE_BYTE, *cs)
                 hidden = hidden & ~_FOLLOWING | self._following()
         else:
             kept_cs, kept_ss, raw, flat, ring = self._entry
@@ -320,13 +395,13 @@ class ContextState:
                 raw = _CACHE.pack(*cs) + _CACHE.pack(*ss)
                 flat, ring = not ss.base and bool(cs.attributes & ss.attributes & _BIG), ss.attributes >> 13 & 3
                 self._entry = cs, ss, raw, flat, ring
-            head[_CS_AND_SS] = raw
+            registers[_CS_AND_SS] = raw
             if extra_base or data_base or not flat:
                 hidden = hidden & ~(_FOLLOWING | _CPL) | self._following() | ring
             else:
                 hidden = hidden & ~(_FOLLOWING | _CPL) | _FLAT | ring
         direction = 0xFFFF_FFFF if eflags & DF else 1
-        _pack_go_on(head, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
+        _pack_go_on(registers, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
         self.words[_ESP] = esp
 
     def interrupted(self) -> tuple[int, int, int, int, int, int]:
@@ -334,7 +409,7 @@ class ContextState:
         if operation == _CC_OP_EFLAGS:
             flags = flags & _PLAIN | arithmetic & ARITHMETIC | direction & DF | 2
         else:
-            flags = self._context.eflags()
+            flags = self._lazy_flags()
         return esp, eip, flags, hidden & 3, cs, ss
 
     def _following(self) -> int:
@@ -348,18 +423,18 @@ class ContextState:
         return flags
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
-        registers: tuple[int, int, int, int, int, int, int, int] = _GENERAL.unpack_from(self._head)
+        registers: tuple[int, int, int, int, int, int, int, int] = _GENERAL.unpack_from(self._raw)
         return registers
 
     def save(self) -> bytes:
-        return bytes(self._context.raw) + self.cr3.to_bytes(4, "little")
+        return bytes(self._raw) + self.cr3.to_bytes(4, "little")
 
     def restore(self, saved: bytes) -> None:
-        self._context.raw[:] = saved[:-4]
+        self._raw[:] = saved[:-4]
         self.cr3 = int.from_bytes(saved[-4:], "little")
 
     def architectural(self) -> Mapping[str, int]:
-        return architectural(self, self._context.floating_point())
+        return architectural(self, self._registers.floating_point_of(self._raw))
 
 
 def architectural(state: CpuState, floating_point: Mapping[str, int]) -> dict[str, int]:
