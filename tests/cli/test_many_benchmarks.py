@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from xenlab.cli.benchmarks import Unit, catalogue, guests, many
 from xenlab.errors import XenlabError
 from xenlab.hypervisor.domain import RunState
+from xenlab.hypervisor.schedulers import Bvt, RoundRobin, Scheduler
 from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.labs.crowd import Crowd
 from xenlab.toolstack import image_from_source
@@ -22,8 +25,9 @@ def test_an_event_a_round() -> None:
     assert not xen.domains[0].ended
 
 
-def test_each_round_is_a_switch_and_all_have_their_turn() -> None:
-    xen = many.switching(16)
+@pytest.mark.parametrize("scheduler", [RoundRobin, Bvt])
+def test_each_round_is_a_switch_and_all_have_their_turn(scheduler: Callable[[], Scheduler]) -> None:
+    xen = many.switching(scheduler(), 16)
     xen.trace = Trace()
     xen.run(32 * guests.YIELD_INSTRUCTIONS)
     switches = [event.to_vcpu for event in xen.trace.events(Kind.SWITCH)]

@@ -124,7 +124,7 @@ def lost_page(guest: Guest) -> Undo:
 def stale_translation(guest: Guest) -> Undo:
     guest.word(guest.address(A))
     free = guest.xen.frames.owner.index(-2) << 12
-    key = guest.address(A)
+    key = guest.address(A) >> 12
     before = guest.vcpu.translations[key]
     guest.vcpu.translations[key] = free
     return lambda: guest.vcpu.translations.__setitem__(key, before)

@@ -53,16 +53,6 @@ class Account:
     woken: bool = False
     latencies: list[int] = field(default_factory=lambda: [0] * LATENCY_BINS)
 
-    def begin(self, now: int) -> None:
-        """The CPU is given to it."""
-        waited = now - self.since
-        self.waited += waited
-        self.since = now
-        self.switches += 1
-        if self.woken:
-            self.woken = False
-            self.latencies[min(waited.bit_length(), LATENCY_BINS - 1)] += 1
-
     def state(self) -> tuple[Any, ...]:
         """Everything, as plain data."""
         times = (self.since, self.ran, self.waited, self.slept, self.offline)
@@ -116,14 +106,24 @@ def change_places(xen: Hypervisor, before: Vcpu | None, chosen: Vcpu | None, now
         if before.attended:
             xen.timers.stopped(before)
     if chosen is not None:
-        chosen.account.begin(now)
+        account = chosen.account
+        waited = now - account.since
+        account.waited += waited
+        account.since = now
+        account.switches += 1
+        if account.woken:
+            account.woken = False
+            account.latencies[min(waited.bit_length(), LATENCY_BINS - 1)] += 1
         if chosen.attended:
             xen.timers.started(chosen)
             xen.vcpu_ops.switched_to(chosen)
 
 
-def settle(vcpu: Vcpu, now: int) -> None:
-    """Close the present stretch of a vCPU that does not run, before its state changes."""
+def settle(xen: Hypervisor, vcpu: Vcpu) -> None:
+    """Close the present stretch of a vCPU, before its state changes."""
+    if vcpu is xen.current:
+        return  # it runs, whatever it may do next, until there is a switch
+    now = xen.now
     account, stretch = vcpu.account, now - vcpu.account.since
     match _NOT_RUNNING[vcpu.run_state.name]:
         case Runstate.RUNNABLE:

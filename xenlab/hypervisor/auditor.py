@@ -337,9 +337,10 @@ class _Audit:
     def _translation(self, domain: Domain, key: int, mfn: int) -> None:
         own = self.owners[mfn] == domain.domid
         foreign = domain.privileged and (self.owners[mfn] >= 0 or self.owners[mfn] == ORPHAN)
-        table = key & 1 and self.types[mfn] not in (FrameType.NONE, FrameType.WRITABLE)
+        table = key < 0 and self.types[mfn] not in (FrameType.NONE, FrameType.WRITABLE)
         if not (own or foreign) or table:
-            where = f"domain {domain.domid}, address {key & ~1:#x} leads to {self.frames.describe(mfn)}"
+            address = (~key if key < 0 else key) << PAGE_SHIFT
+            where = f"domain {domain.domid}, address {address:#x} leads to {self.frames.describe(mfn)}"
             self.complain(Invariant.TLB, where)
 
 

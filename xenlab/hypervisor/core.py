@@ -63,7 +63,7 @@ from xenlab.machine.memory import PAGE_SHIFT
 _U32 = 0xFFFF_FFFF
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
 _HYPERCALL, _RETURN, _SWITCH, _FLUSH = (int(kind) for kind in (Kind.HYPERCALL, Kind.RETURN, Kind.SWITCH, Kind.FLUSH))
-_RUNNABLE = RunState.RUNNABLE
+_RUNNABLE, _BLOCKED, _PAUSED = RunState.RUNNABLE, RunState.BLOCKED, RunState.PAUSED
 
 
 class Hypervisor:
@@ -268,14 +268,14 @@ class Hypervisor:
 
     def block(self, vcpu: Vcpu) -> None:
         """Let ``vcpu`` sleep until `wake`."""
-        self.sleep(vcpu, RunState.BLOCKED)
+        self.sleep(vcpu, _BLOCKED)
 
     def wake(self, vcpu: Vcpu) -> None:
         """Make a blocked vCPU runnable; a paused one stays paused but will not sleep on."""
-        if vcpu.run_state is RunState.PAUSED:
-            vcpu.paused_from = RunState.RUNNABLE
-        elif vcpu.run_state is RunState.BLOCKED:
+        if vcpu.run_state is _BLOCKED:
             self.make_runnable(vcpu)
+        elif vcpu.run_state is _PAUSED:
+            vcpu.paused_from = _RUNNABLE
 
     def pause(self, domain: Domain) -> None:
         """Stop running ``domain`` until `unpause`.  Pausing twice is pausing once."""
@@ -285,24 +285,20 @@ class Hypervisor:
         """Let a paused domain go on from where it was."""
         lifecycle.unpause(self, domain)
 
-    def _settle(self, vcpu: Vcpu) -> None:
-        if vcpu is not self.current:  # that one runs, whatever it may do next, until there is a switch
-            settle(vcpu, self.now)
-
     def make_runnable(self, vcpu: Vcpu) -> None:
         """Offer ``vcpu``, which was not runnable, to the scheduler."""
-        self._settle(vcpu)
-        vcpu.account.woken = vcpu.run_state is RunState.BLOCKED and vcpu is not self.current
-        vcpu.run_state = RunState.RUNNABLE
+        settle(self, vcpu)
+        vcpu.account.woken = vcpu.run_state is _BLOCKED and vcpu is not self.current
+        vcpu.run_state = _RUNNABLE
         self.reschedule()
         self._tell_scheduler(self.scheduler.wake, vcpu)
 
     def sleep(self, vcpu: Vcpu, run_state: RunState) -> None:
         """Let ``vcpu`` not be runnable any more, but be in ``run_state``."""
-        self._settle(vcpu)
+        settle(self, vcpu)
         before, vcpu.run_state = vcpu.run_state, run_state
         self.reschedule()
-        if before is RunState.RUNNABLE:
+        if before is _RUNNABLE:
             self._tell_scheduler(self.scheduler.sleep, vcpu)
 
     def _tell_scheduler(self, news: Callable[[int, int], None], vcpu: Vcpu) -> None:
@@ -316,7 +312,8 @@ class Hypervisor:
 
     def switch(self) -> None:
         """Ask the scheduler and make its choice the running vCPU; to be asked again if that ends by its upcall."""
-        now, before = self.cpu.instructions, self.current
+        cpu, before = self.cpu, self.current
+        now = cpu.instructions
         picked = chosen = None
         try:
             picked = self.scheduler.pick(now)
@@ -330,34 +327,38 @@ class Hypervisor:
         if chosen is None:
             if any(vcpu.run_state is _RUNNABLE for vcpu in self.vcpus.values()):
                 raise self._wrong_pick(None)
-            self.cpu.stop()
+            cpu.stop()
         elif chosen.run_state is not _RUNNABLE or type(end) is not int or end <= now:
             raise self._wrong_pick(picked)
-        else:
-            self.slice_end = end
-            if chosen is not before:
-                self.cpu.load(chosen.state)
-                if chosen.watched:
-                    self.cpu.stop()
-                self.tlb.counts[SWITCH] += 1
         self.pick_needed = False
-        self.current = chosen
         if chosen is not before:
-            change_places(self, before, chosen, now)
+            self._change_to(chosen, before, now, picked)
+        if chosen is None:
+            return
+        self.slice_end = end
+        if now >= chosen.record_due:
+            self.clocks.refresh(chosen)
+        due = self.timers.due
+        cpu.deadline = end if end < due else due
+        if chosen.failing or chosen.nmi_pending:
+            self.exceptions.go_on(chosen)
+        if chosen.event_callback is not None and not self.pick_needed:
+            self._upcall(chosen)
+
+    def _change_to(self, chosen: Vcpu | None, before: Vcpu | None, now: int, picked: tuple[int, int] | None) -> None:
+        """Let another vCPU have the CPU, or none."""
+        self.current = chosen
         if chosen is not None:
-            if now >= chosen.record_due:
-                self.clocks.refresh(chosen)
-            due = self.timers.due
-            self.cpu.deadline = self.slice_end if self.slice_end < due else due
-        if self.recorder is not None and chosen is not before:
+            self.cpu.load(chosen.state)
+            if chosen.watched:
+                self.cpu.stop()
+            self.tlb.counts[SWITCH] += 1
+        change_places(self, before, chosen, now)
+        if self.recorder is not None:
             to, length = picked or (-1, 0)
             self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
             if chosen is not None:
                 self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
-        if chosen is not None and (chosen.failing or chosen.nmi_pending):
-            self.exceptions.go_on(chosen)
-        if chosen is not None and not self.pick_needed and chosen.event_callback is not None:
-            self._upcall(chosen)
 
     def _wrong_pick(self, found: object) -> PartError:
         runnable = [vcpu.key for vcpu in self.vcpus.values() if vcpu.run_state is _RUNNABLE]

@@ -127,7 +127,8 @@ class Vcpu:
         ldt: linear address and number of entries of its local descriptor table.
         user_base: root table that it named for its applications, 0 for none.
         flat_code, flat_data: the hypervisor's flat segments by selector.
-        translations, translated_at: see `GuestMemory`.
+        translations: machine address of a page by its linear number, and for writing by that number inverted (`~`).
+        translated_at: at which flush count that was.
     """
 
     key: int
@@ -177,12 +178,6 @@ class Vcpu:
         self.info = (self.domain.shared_info_mfn << PAGE_SHIFT) + number * VCPU_INFO_BYTES
         self.flat_code = flat_segments(self.state.mode, code=True)
         self.flat_data = flat_segments(self.state.mode, code=False)
-
-    def fetch_fault(self, now: int) -> int:
-        """Note a fault at an address; how many there were with no instruction begun in between."""
-        time, count = self.fetch_faults
-        self.fetch_faults = now, count + 1 if time == now else 1
-        return self.fetch_faults[1]
 
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""

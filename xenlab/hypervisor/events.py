@@ -39,7 +39,7 @@ from xenlab.abi.numbers import (
 )
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import HypercallError
-from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Port, Vcpu
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, Port, RunState, Vcpu
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind
 from xenlab.hypervisor.traps import EVENT, Undeliverable
 from xenlab.machine.memory import PAGE_SHIFT
@@ -58,6 +58,7 @@ _POLL = Struct("<IIQ")
 # The others exist once for the whole machine.
 _OF_A_VCPU = frozenset((Virq.TIMER, Virq.DEBUG, Virq.XENOPROF, Virq.XENPMU, Virq.VIRTUAL_TIMER))
 # Enum members as plain names: looking one up on its class costs more than what is done with it.
+_RUNNABLE = RunState.RUNNABLE
 _UPCALL, _EVENT, _SEND = int(Kind.UPCALL), int(Kind.EVENT), int(EvtchnOp.SEND)
 _VIRQ, _INTERDOMAIN, _IPI = EvtchnStatus.VIRQ, EvtchnStatus.INTERDOMAIN, EvtchnStatus.IPI
 # Where an event stopped: at a bit that was 1 already, at the port's mask, or not before the upcall was pending.
@@ -82,7 +83,7 @@ class EventChannels:
         at = vcpu.info
         if not self._bytes[at] or self._bytes[at + _UPCALL_MASK] or vcpu.event_callback is None:
             return
-        if vcpu.opened_at == self._cpu.instructions:
+        if vcpu.opened_at >= 0 and vcpu.opened_at == self._cpu.instructions:
             return  # the store that a page table was opened for comes first, and the next trap after it
         try:
             done = self._traps.deliver(vcpu, EVENT, SOFTWARE, 0)
@@ -101,14 +102,16 @@ class EventChannels:
 
     def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
         """An event for ``domain`` at ``port``, which is in use, from the domain ``sender`` or from the hypervisor."""
-        # `_place`, spelled out: this is done for every event.
+        # `_place` and `_wake_pollers`, spelled out: this is done for every event.
         words, bit = self._words, 1 << (port & 31)
         at = (domain.shared_info_mfn << PAGE_SHIFT - 2) + _PENDING + (port >> 5)
         pending, stopped = words[at], AT_PENDING
         if not pending & bit:
             words[at] = pending | bit
             stopped = AT_MASK if words[at + MASK_BEHIND] & bit else self._select(domain, port)
-            self._wake_pollers(domain, port)
+            for vcpu in domain.vcpus:
+                if vcpu.polling and vcpu.polling in (ANY_PORT, port):
+                    self._wake(vcpu)
         record = self._xen.recorder
         if record is not None:
             record((self._cpu.instructions, _EVENT, domain.domid, port, sender, stopped))
@@ -129,10 +132,12 @@ class EventChannels:
         if selected & bit:
             return AT_SELECTOR
         self._words[at] = selected | bit
-        if self._bytes[vcpu.info] & 1:
+        pending = self._bytes[vcpu.info]
+        if pending & 1:
             return AT_UPCALL
-        self._bytes[vcpu.info] |= 1
-        self._wake(vcpu)
+        self._bytes[vcpu.info] = pending | 1
+        if vcpu.run_state is not _RUNNABLE:
+            self._wake(vcpu)
         return THROUGH
 
     def _wake(self, vcpu: Vcpu) -> None:
@@ -191,7 +196,7 @@ class EventChannels:
     def event_channel_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Do one command of event_channel.h, with its argument at ``address``."""
         if command == _SEND:  # the shortest way, since it is taken most
-            self.send(vcpu.domain, self._guest.read_words(vcpu, address, 1)[0])
+            self.send(vcpu.domain, self._guest.read_word(vcpu, address))
             return 0
         if command not in _OPERATIONS:
             raise HypercallError(Errno.ENOSYS)

@@ -35,7 +35,7 @@ from xenlab.hypervisor.segment_registers import SegmentRegisters
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import BadReturn, Undeliverable
 from xenlab.hypervisor.virtual_cpuid import CPUID, PREFIX, guest_cpuid
-from xenlab.hypervisor.writable_tables import WritableTables
+from xenlab.hypervisor.writable_tables import STORE, WritableTables
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE
 from xenlab.machine.state import CR0_TS, TF
 from xenlab.machine.vectors import DEBUG, INVALID_OPCODE, NMI, NO_DEVICE, PAGE_FAULT, PROTECTION, SOFTWARE
@@ -53,7 +53,7 @@ _USER_ACCESS = 4  # in a page fault's error code
 _USER_RING = 3
 _READ_COUNTER = b"\x0f\x33"  # RDPMC
 _LOOKED_AT, _LAST_LOOKED_AT = 3, PAGE_SIZE - 3  # bytes of an invalid opcode, and where in a page all are in it
-_SECOND, _THIRD, _PAGE = _READ_COUNTER[1], PREFIX[2], -PAGE_SIZE
+_SECOND, _THIRD = _READ_COUNTER[1], PREFIX[2]
 _DONE = -1  # in place of a vector: nothing is left to hand to the guest
 _TRAP, _DELIVER = int(Kind.TRAP), int(Kind.DELIVER)
 
@@ -76,7 +76,7 @@ class Exceptions:
         if vector >= 32:
             error = SOFTWARE
         elif vector == PAGE_FAULT:
-            if self._open(vcpu, error, address):
+            if error == STORE and self._open(vcpu, error, address):
                 return
             if address >= vcpu.address_limit:
                 if self._xen.descriptor_tables.page_in_ldt(vcpu, error, address):
@@ -142,8 +142,15 @@ class Exceptions:
         if record is not None:
             record((self._cpu.instructions, _DELIVER, vcpu.domid, vector, *done))
         # A handler that cannot be fetched either would fault for ever while no time passes.
-        if vector in _OF_FETCHES and vcpu.fetch_fault(self._cpu.instructions) == _TRIPLE:
+        if vector in _OF_FETCHES and self._is_triple(vcpu):
             self._xen.crash(vcpu, f"triple fault: not even the handler at {vcpu.state.eip:#010x} could be begun")
+
+    def _is_triple(self, vcpu: Vcpu) -> bool:
+        """Note a fault at an address; whether there were too many with no instruction begun in between."""
+        time, count = vcpu.fetch_faults
+        now = self._cpu.instructions
+        vcpu.fetch_faults = now, count + 1 if time == now else 1
+        return time == now and count + 1 == _TRIPLE
 
     def _beyond(self, vcpu: Vcpu, error: int, address: int) -> tuple[int, int, int]:
         """What a touch of the hypervisor's range is to the guest: vector, error code and address.
@@ -218,8 +225,8 @@ class Exceptions:
         Like Xen, it takes the code segment for flat.
         """
         eip: int = vcpu.state.eip
-        page = vcpu.translations.get(eip & _PAGE) if vcpu.translated_at == self._cpu.flushes else None
-        offset = eip & ~_PAGE
+        page = vcpu.translations.get(eip >> PAGE_SHIFT) if vcpu.translated_at == self._cpu.flushes else None
+        offset = eip & PAGE_SIZE - 1
         if page is None or offset > _LAST_LOOKED_AT:
             try:
                 page = self._guest.machine_address(vcpu, eip, _LOOKED_AT, False) - offset

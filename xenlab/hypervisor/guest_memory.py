@@ -26,7 +26,7 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.layout import start_of
 from xenlab.machine.cpu import Cpu
-from xenlab.machine.memory import PAGE_SIZE, Memory
+from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
 from xenlab.machine.paging import READ, WRITE, Access, PageFault, walk
 
 # Layouts of so many 32-bit words: what frames are made of.
@@ -38,7 +38,7 @@ class GuestMemory:
     """Copies to and from linear addresses of a vCPU."""
 
     def __init__(self, memory: Memory, cpu: Cpu) -> None:
-        self._memory = memory
+        self._memory, self._bytes, self._words = memory, memory.bytes, memory.words
         self._cpu = cpu
         # Machine addresses of the pages that were written since `forget_written`.
         self._written: set[int] = set()
@@ -48,9 +48,9 @@ class GuestMemory:
         if access is READ and 0 < length <= PAGE_SIZE:
             at = self.machine_address(vcpu, address, length, False)
             if at >= 0:
-                return bytes(self._memory.bytes[at : at + length])
+                return bytes(self._bytes[at : at + length])
         pieces = self._pieces(vcpu, address, length, access)
-        return b"".join(self._memory.bytes[at : at + size] for at, size in pieces)
+        return b"".join(self._bytes[at : at + size] for at, size in pieces)
 
     def write(self, vcpu: Vcpu, address: int, data: bytes) -> None:
         """Store ``data`` at ``address``, all of it or nothing.  Raises HypercallError(EFAULT)."""
@@ -66,7 +66,7 @@ class GuestMemory:
             done += size
 
     def _store(self, at: int, data: bytes) -> None:
-        self._memory.bytes[at : at + len(data)] = data
+        self._bytes[at : at + len(data)] = data
         self._written.add(at & ~(PAGE_SIZE - 1))
         self._cpu.forget_code(at, at + len(data))
 
@@ -81,26 +81,31 @@ class GuestMemory:
         at = self.machine_address(vcpu, address, 4 * count, False)
         if at < 0:
             return WORDS[count].unpack(self.read(vcpu, address, 4 * count))
-        return WORDS[count].unpack_from(self._memory.bytes, at)
+        return WORDS[count].unpack_from(self._bytes, at)
 
     def write_words(self, vcpu: Vcpu, address: int, words: tuple[int, ...]) -> None:
         """Store up to eight 32-bit words, all or none.  Raises HypercallError(EFAULT)."""
-        count = len(words)
-        at = self.machine_address(vcpu, address, 4 * count, True)
+        count, offset = len(words), address & 0xFFF
+        # `machine_address`, spelled out for where it is known already, as a stack mostly is.
+        page = vcpu.translations.get(~(address >> PAGE_SHIFT)) if vcpu.translated_at == self._cpu.flushes else None
+        if page is not None and offset + 4 * count <= PAGE_SIZE:
+            at = page + offset
+        else:
+            at = self.machine_address(vcpu, address, 4 * count, True)
         if at < 0:
             self.write(vcpu, address, WORDS[count].pack(*words))
         elif count == 3:
             # Frames, spelled out: a call with unpacked arguments takes twice as long.
             a, b, c = words
-            _pack_three(self._memory.bytes, at, a, b, c)
+            _pack_three(self._bytes, at, a, b, c)
         elif count == 6:
             a, b, c, d, e, f = words
-            _pack_six(self._memory.bytes, at, a, b, c, d, e, f)
+            _pack_six(self._bytes, at, a, b, c, d, e, f)
         elif count == 5:
             a, b, c, d, e = words
-            _pack_five(self._memory.bytes, at, a, b, c, d, e)
+            _pack_five(self._bytes, at, a, b, c, d, e)
         else:
-            WORDS[count].pack_into(self._memory.bytes, at, *words)
+            WORDS[count].pack_into(self._bytes, at, *words)
 
     def check_writable(self, vcpu: Vcpu, address: int, length: int, access: Access = WRITE) -> None:
         """Raise HypercallError(EFAULT) unless `write` of ``length`` bytes there would succeed, or ``access`` would."""
@@ -109,7 +114,10 @@ class GuestMemory:
 
     def read_word(self, vcpu: Vcpu, address: int) -> int:
         """The 32-bit word at ``address``.  Raises HypercallError(EFAULT)."""
-        return int.from_bytes(self.read(vcpu, address, 4), "little")
+        page = vcpu.translations.get(address >> PAGE_SHIFT) if vcpu.translated_at == self._cpu.flushes else None
+        if page is None or address & 3:
+            return int.from_bytes(self.read(vcpu, address, 4), "little")
+        return self._words[page + (address & 0xFFF) >> 2]
 
     def read_code(self, vcpu: Vcpu, length: int) -> bytes:
         """Up to ``length`` bytes at CS:EIP, as many as the guest could execute."""
@@ -119,7 +127,7 @@ class GuestMemory:
         code = b""
         try:
             for at, size in self._pieces(vcpu, address, length, access):
-                code += self._memory.bytes[at : at + size]
+                code += self._bytes[at : at + size]
         except HypercallError:
             pass  # the instruction may well end before the page does
         return code
@@ -135,7 +143,7 @@ class GuestMemory:
         if vcpu.translated_at != self._cpu.flushes:
             vcpu.translations.clear()
             vcpu.translated_at = self._cpu.flushes
-        key = address - offset | write
+        key = ~(address >> PAGE_SHIFT) if write else address >> PAGE_SHIFT
         page = vcpu.translations.get(key)
         if page is None:
             ((machine, _size),) = self._pieces(vcpu, address - offset, PAGE_SIZE, WRITE if write else READ)

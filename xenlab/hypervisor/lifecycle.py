@@ -111,7 +111,7 @@ def unpause(xen: Hypervisor, domain: Domain) -> None:
             if vcpu.paused_from is RunState.RUNNABLE:
                 xen.make_runnable(vcpu)
             else:
-                settle(vcpu, xen.now)
+                settle(xen, vcpu)
                 vcpu.run_state = vcpu.paused_from
     xen.record(Kind.DOMAIN, domain.domid, "unpaused")
 

@@ -127,7 +127,7 @@ class SegmentRegisters:
             raise Undeliverable(f"the failsafe callback's frame at {frame:#010x} is not on writable memory") from None
         for name in _DATA:
             state.load_segment(name, 0, None)
-        self._traps.go_to(vcpu, gate, code, flags, frame, stack)
+        self._traps.go_to(vcpu, gate, code, frame, stack)
         return ring, to_ring, gate.eip, frame, words
 
 

@@ -40,6 +40,8 @@ _RECORDED_BYTES = 1024
 _TRAP_INFO = 8
 _WATCHDOGS = 2
 _PROCESSORS = 1
+# As plain numbers: looking a member up on its class costs more than what is done with it.
+_YIELD, _BLOCK = int(SchedOp.YIELD), int(SchedOp.BLOCK)
 
 
 class Services:
@@ -155,9 +157,9 @@ class Services:
 
     def sched_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
         """Yield the CPU, sleep until something happens, or end a domain."""
-        if command == SchedOp.YIELD:
+        if command == _YIELD:
             self._xen.reschedule()
-        elif command == SchedOp.BLOCK:
+        elif command == _BLOCK:
             self._xen.events.block(vcpu)
         elif command == SchedOp.POLL:
             self._xen.events.poll(vcpu, address)

@@ -57,7 +57,8 @@ _INTERRUPT_BYTES = 2
 _SOFTWARE_INTERRUPT_ERROR = 2  # "the selector is an index into the IDT"
 # What a guest may set by a return: neither I/O privilege nor virtual-8086 mode nor reserved bits.
 _RETURNED_FLAGS = ARITHMETIC | TF | DF | RF | AC | ID
-_KEPT_ON_ENTRY = ARITHMETIC | DF | IF | ID
+# Beside the arithmetic ones; bit 1 is always set.
+_KEPT_ON_ENTRY = IF | ID | 2
 _SAVED_FLAGS = ~(IF | IOPL)
 # Offsets in struct vcpu_info (xen.h).
 _UPCALL_MASK, _CR2 = 1, 8
@@ -108,12 +109,15 @@ class TrapDelivery:
         Raises:
             Undeliverable: when there is no handler, or its stack or code segment is unusable.
         """
-        gate = vcpu.traps[vector] if vector < EVENT else vcpu.event_callback
+        gate, with_error = vcpu.event_callback, False
+        if vector < EVENT:
+            gate, with_error = vcpu.traps[vector], error != SOFTWARE and vector in WITH_ERROR_CODE
         if gate is None:
             where = f" at address {address:#010x}" if vector == PAGE_FAULT and error != SOFTWARE else ""
             raise Undeliverable(f"{_named(vector)}{where} and no handler registered for it")
         # The flat segments stand in a page that no guest can change: they need no looking up.
-        code = vcpu.flat_code.get(gate.cs) or self.segments.code(vcpu, gate.cs)
+        flat = vcpu.flat_code.get(gate.cs)
+        code = flat or self.segments.code(vcpu, gate.cs)
         if code is None:
             raise Undeliverable(f"the handler for {_named(vector)} has the unusable code selector {gate.cs:#x}")
         state = vcpu.state
@@ -140,20 +144,26 @@ class TrapDelivery:
             words = eip, cs, saved_flags
             base = 0 if ss in vcpu.flat_data else (stack or state.segment("ss")).base
             if ring == USER_RING:
-                size = 16 if error != SOFTWARE and vector in WITH_ERROR_CODE else 12
+                size = 16 if with_error else 12
                 self._check_user_stack(vcpu, base + esp - size & 0xFFFF_FFFF, size)
-        if error != SOFTWARE and vector in WITH_ERROR_CODE:
+        if with_error:
             words = (error,) + words  # noqa: RUF005  (half the time of unpacking)
             if vector == PAGE_FAULT:
                 vcpu.control["cr2"] = self._memory.words[vcpu.info + _CR2 >> 2] = address
-        frame = esp - 4 * len(words) & 0xFFFF_FFFF
+        frame = esp - 4 * len(words)
+        if frame < 0:
+            frame &= 0xFFFF_FFFF
         try:
-            self._guest.write_words(vcpu, base + frame & 0xFFFF_FFFF, words)
+            self._guest.write_words(vcpu, base + frame & 0xFFFF_FFFF if base else frame, words)
         except HypercallError:
             raise Undeliverable(f"the frame for {_named(vector)} at {frame:#010x} is not on writable memory") from None
-        state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY, frame, stack)
+        if interrupted is not None:
+            state.eflags = flags
+        elif flat is not None and cs == gate.cs:
+            code = None  # it is loaded already, and cannot have changed
+        state.enter_handler(code, gate.eip, frame, stack, _KEPT_ON_ENTRY)
         if gate.masks_events:
-            self.set_event_mask(vcpu, 1)
+            self._bytes[vcpu.info + _UPCALL_MASK] = 1
         return ring, to_ring, gate.eip, frame, words
 
     def entry_code(self, vcpu: Vcpu, selector: int) -> Segment | None:
@@ -180,9 +190,9 @@ class TrapDelivery:
         mask = self._bytes[vcpu.info + _UPCALL_MASK] & 1
         return cs | mask << _SAVED_MASK_SHIFT, flags & _SAVED_FLAGS | (0 if mask else IF) | vcpu.shown_level
 
-    def go_to(self, vcpu: Vcpu, gate: Gate, code: Segment, flags: int, frame: int, stack: Segment | None) -> None:
+    def go_to(self, vcpu: Vcpu, gate: Gate, code: Segment, frame: int, stack: Segment | None) -> None:
         """Go on at a gate's handler, with its frame on the stack."""
-        vcpu.state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY, frame, stack)
+        vcpu.state.enter_handler(code, gate.eip, frame, stack, _KEPT_ON_ENTRY)
         if gate.masks_events:
             self.set_event_mask(vcpu, 1)
 
@@ -241,7 +251,7 @@ class TrapDelivery:
             self._guest.write(vcpu, stack.base + frame & 0xFFFF_FFFF, pack("<10I", 0, *words))
         except HypercallError:
             raise Undeliverable(f"the frame for an iret to virtual-8086 mode at {frame:#010x}") from None
-        vcpu.state.transfer(code, gate.eip, flags & _KEPT_ON_ENTRY | IF, frame, stack)
+        vcpu.state.transfer(code, gate.eip, flags & (_KEPT_ON_ENTRY | ARITHMETIC | DF) | IF, frame, stack)
         self.set_event_mask(vcpu, 0 if flags & IF and not gate.masks_events else 1)
 
     def software_interrupt(self, vcpu: Vcpu, vector: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from xenlab.machine.paging import ACCESSED, DIRTY, PAE, PRESENT, RW, Fault, Tran
 if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
-_STORE = Fault.PROTECTION | Fault.WRITE
+STORE = int(Fault.PROTECTION | Fault.WRITE)
 _AD = ACCESSED | DIRTY
 # A bit for software, turned round while a page is open, so that a store over the opened entry shows.
 _MARK = 0x800
@@ -76,7 +76,7 @@ class WritableTables:
 
     def open(self, vcpu: Vcpu, error: int, address: int) -> bool:
         """Whether a page fault was a store to an l1 table of the guest's; if so, the store is under way."""
-        if error != _STORE or not vcpu.domain.writable_tables or vcpu.state.cpl == 3:
+        if error != STORE or not vcpu.domain.writable_tables or vcpu.state.cpl == 3:
             return False
         # An instruction that stores to two tables at once faults at one while the other is open, for ever.
         if vcpu.opened_at == self._xen.now:

@@ -33,7 +33,8 @@ from xenlab.machine.layout import CC_OP_EFLAGS, Layout
 from xenlab.machine.memory import Memory
 from xenlab.machine.paging import TWO_LEVEL, PagingMode
 from xenlab.machine.power import CR0, CR0_PG, install_instruction_hooks, power_on, set_paging
-from xenlab.machine.state import CC_OP, CR2, ContextState, Registers
+from xenlab.machine.registers import EngineRegisters
+from xenlab.machine.state import CC_OP, CR2, ContextState
 from xenlab.machine.vectors import INVALID_OPCODE, MACHINE_CHECK, PAGE_FAULT, SOFTWARE, WITH_ERROR_CODE
 
 TrapHandler = Callable[[int, int, int], None]
@@ -144,9 +145,8 @@ class ProbedCpu:
         # [0] counts instructions begun in this slice and is zero between slices, [1] is the limit.
         self._counter = memoryview(words).cast("B").cast("Q")
         self._base = 0
-        self._end = 0
+        self._slice_end = 0
         self._deadline = 0
-        self._longest = SLICE
         self._running = False
         self._stopping: int | None = None
         self._failure: BaseException | None = None
@@ -158,13 +158,12 @@ class ProbedCpu:
         self.gates = Gates(memory, self.forget_code)
         self._inner: memoryview | list[int] = [0, 0]  # nowhere, until there is a task state segment
         power_on(self._engine)
-        self._registers = Registers(self._engine, layout)
+        self._registers = EngineRegisters(self._engine, layout)
         self._exception, self._old_exception = self._registers.exception, self._registers.old_exception
         # What every vCPU starts from; the engine itself holds whatever guest ran last.
         self._reset = bytes(self._registers.all)
         # Nobody's, until the first is loaded.
-        self.state = ContextState(self._registers, TWO_LEVEL, 0)
-        self.state.enter()
+        self.state = ContextState(self._registers, TWO_LEVEL, 0, entered=True)
         self._install_hooks()
 
     def new_state(self, mode: PagingMode, cr3: int) -> ContextState:
@@ -217,8 +216,7 @@ class ProbedCpu:
 
     def load(self, state: ContextState) -> None:
         if state is not self.state:
-            self.state.leave()
-            state.enter()
+            state.enter(self.state)
             self.state = state
         self._inner[0], self._inner[1] = state.inner_stack
         self.flush_tlb()
@@ -261,26 +259,27 @@ class ProbedCpu:
     def deadline(self, time: int) -> None:
         self._deadline = time
         if self._running:
-            # Never below what was already begun, and never past the slice.
-            allowed = min(self._end, time) - self._base
-            self._counter[1] = max(self._counter[0], min(allowed, self._longest))
+            # Never below what was already begun, and never past the slice.  Spelled out, as each switch sets it.
+            allowed, counter = (time if time < self._slice_end else self._slice_end) - self._base, self._counter
+            begun = counter[0]
+            counter[1] = allowed if allowed > begun else begun
 
     def _end_slice(self) -> None:
         """Let the slice in progress end before the next instruction; safe at any moment of a run."""
-        self._longest = 0
+        self._slice_end = 0
         # A single step ends the slice by itself, and must not be left out.
         if self._step is None:
             self._counter[1] = min(self._counter)
 
     def run_until(self, end: int) -> None:
-        self._end, self._longest = end, SLICE
         self._stopping = None
         with deferred_interrupts(self._end_slice) as mark:
             while self._stopping is None and (left := min(end, self._deadline) - self._base) > 0:
-                self._slice(min(left, SLICE))
+                self._slice(min(left, SLICE), end)
                 mark.check()
 
-    def _slice(self, count: int) -> None:
+    def _slice(self, count: int, end: int) -> None:
+        self._slice_end = min(end, self._base + SLICE)
         self.state.starts()
         self._take_flush()
         self._running = True

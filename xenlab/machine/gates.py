@@ -126,7 +126,7 @@ class Gates:
             _FRAMES[len(words)](self._bytes, page + offset, *words)
         elif not self._push(state, address, words, to_ring):
             return False
-        state.transfer(code, gate.eip, flags & _KEPT, frame, stack)
+        state.enter_handler(code, gate.eip, frame, stack, _KEPT)
         self.taken += 1
         if self.watcher is not None:
             self.watcher(gate.vector, ring, to_ring, gate.eip, frame, words)

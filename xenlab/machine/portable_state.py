@@ -18,7 +18,7 @@ from xenlab.machine.gates import TrapGate
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.register_batch import RegisterBatch
 from xenlab.machine.segments import Descriptor
-from xenlab.machine.state import VM, Segment, architectural
+from xenlab.machine.state import ARITHMETIC, DF, VM, Segment, architectural
 
 # ST0 is relative to the top of stack in the status word, so that has to be written first.
 FLOATING_ORDER = sorted(FLOATING_POINT, key=lambda name: not name.startswith("fp"))
@@ -111,6 +111,9 @@ class PortableState:
             self.caches["ss"] = ss
             self._cpl = ss.attributes >> 13 & 3
         self.eip, self.eflags, self.esp = eip, eflags, esp
+
+    def enter_handler(self, cs: Segment | None, eip: int, esp: int, ss: Segment | None, kept: int) -> None:
+        self.transfer(cs or self.caches["cs"], eip, self.eflags & (kept | ARITHMETIC | DF), esp, ss)
 
     def take(self, values: Mapping[str, int], caches: dict[str, Segment]) -> None:
         """Take over what the engine's registers held after a run."""

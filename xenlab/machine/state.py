@@ -3,7 +3,7 @@
 The problem: the hypervisor works on the state of a vCPU that is not running, as a register
 frame on its stack was for Xen.  The registers of the vCPU that was interrupted stand in the engine, and the view
 reads and writes them in place; those of all others are copies of so many bytes as a guest can change.
-A domain switch copies one out and another one in (`ContextState.leave`, `ContextState.enter`).
+A domain switch copies one set out and another one in (`ContextState.enter`).
 
 Three things in it are not what they seem, and the view hides them:
 
@@ -21,15 +21,14 @@ as if the CPU had executed it.  What breaks without it: a guest that comes back 
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xenlab.machine import layout as at
-from xenlab.machine.engine import GENERAL, SEGMENTS, Context, Engine
+from xenlab.machine.engine import GENERAL, SEGMENTS
 from xenlab.machine.paging import PagingMode
+from xenlab.machine.registers import EngineRegisters, view_over
 from xenlab.machine.segments import Descriptor
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ _EIP, _EFLAGS, _CC_SRC, CC_OP, _DF, _HFLAGS = (
 _CACHES, _STRIDE = at.SEGMENT_CACHES // 4, at.SEGMENT_STRIDE // 4
 _CR0 = at.CONTROL // 4
 CR2 = _CR0 + 4
-_EXCEPTION = struct.Struct("<III")
 _EXTRA, _CODE, _STACK, _DATA = (_CACHES + _STRIDE * number for number in range(4))
 _LDT = _CACHES + _STRIDE * len(SEGMENTS)
 _GDT = _LDT + 2 * _STRIDE  # the task register stands between them
@@ -58,19 +56,9 @@ _FOLLOWING = at.HF_CS32 | at.HF_SS32 | at.HF_ADDSEG
 _CACHE = struct.Struct("<I4xI4xII")
 _pack_cache, _unpack_cache = _CACHE.pack_into, _CACHE.unpack_from
 _CS_AND_SS = slice(4 * _CODE, 4 * (_STACK + _STRIDE))
-# EIP, flags, condition codes, how they are kept, direction, hidden flags.
-_pack_go_on = struct.Struct("<I4xI4x8xI4x8xIII").pack_into
-# ESP, those, and the selectors in CS and SS.
-_INTERRUPTED = struct.Struct("<32xI92xI4xI4x8xI4x8xIII28xI20xI")
-# Hidden flags, and the bases of ES and DS.
-_unpack_hidden = struct.Struct("<I12xI68xI").unpack_from
-_CODE_BYTE, _EIP_BYTE = 4 * _CODE, at.EIP
+_CODE_BYTE = 4 * _CODE
 _CPL, _CC_OP_EFLAGS, _FLAT = at.HF_CPL, at.CC_OP_EFLAGS, at.HF_CS32 | at.HF_SS32
-_PLAIN = ~(ARITHMETIC | DF)
 _GENERAL = struct.Struct("<" + 8 * "I4x")
-# The same, then EIP and the hidden flags, whose two lowest bits are the ring.
-_SELECTORS = struct.Struct("<" + 6 * f"I{at.SEGMENT_STRIDE - 4}x")
-_FRAME = struct.Struct(f"<{8 * 'I4x'}64xI{at.HFLAGS - at.EIP - 4}xI")
 
 
 class Segment(NamedTuple):
@@ -179,6 +167,13 @@ class CpuState(Protocol):
         """Go on at ``cs:eip`` with these flags and ESP; with an ``ss``, in its ring."""
         ...
 
+    def enter_handler(self, cs: Segment | None, eip: int, esp: int, ss: Segment | None, kept: int) -> None:
+        """Go on as an exception does: arithmetic flags and DF stay, and of the others those in ``kept``.
+
+        Without a ``cs`` or ``ss`` that segment stays; with an ``ss``, the ring becomes its ring.
+        """
+        ...
+
     def save(self) -> bytes:
         """Everything, as bytes that `restore` of the same process takes."""
         ...
@@ -207,76 +202,13 @@ class _Word:
         state.words[self._index] = value
 
 
-class View(NamedTuple):
-    """The registers at one place, ready for what traps do most.
-
-    Attributes:
-        raw: all bytes that a guest can change, from EAX on.
-        words: the same as 32-bit words.
-        frame, set_eax, selectors, interrupted: see `CpuState`; the last in the form that the bytes have.
-    """
-
-    raw: memoryview
-    words: memoryview
-    frame: Callable[[], tuple[int, ...]]
-    set_eax: Callable[[int], None]
-    selectors: Callable[[], tuple[int, ...]]
-    interrupted: Callable[[], tuple[int, ...]]
-
-    @classmethod
-    def over(cls, raw: memoryview) -> View:
-        """The view over these bytes."""
-        words = raw.cast("I")
-        # Bound to the buffer here, since these are all that most traps do.
-        return cls(
-            raw,
-            words,
-            partial(_FRAME.unpack_from, raw),
-            partial(words.__setitem__, 0),
-            partial(_SELECTORS.unpack_from, raw, at.SEGMENT_CACHES),
-            partial(_INTERRUPTED.unpack_from, raw),
-        )
-
-
-class Registers:
-    """Where the engine keeps the registers of the CPU that runs.
-
-    Attributes:
-        all: everything that a context has of it, from EAX on.
-        view: what a guest can change.
-        exception: gives error code; 1 after INT n, INT3 and INTO; and the EIP behind such an instruction.
-        old_exception: the vector being delivered, -1 for none: one number.
-    """
-
-    def __init__(self, engine: Engine, layout: at.Layout) -> None:
-        self._scratch = Context(engine)
-        size = len(self._scratch.raw) - layout.general
-        cpu = ctypes.c_uint64.from_address(engine.handle + layout.cpu).value
-        self.all = memoryview((ctypes.c_ubyte * size).from_address(cpu + layout.running)).cast("B")
-        self.view = View.over(self.all[: layout.span])
-        self._copy = self._scratch.raw[layout.general : layout.general + layout.span]
-        self.exception = partial(_EXCEPTION.unpack_from, self.all, layout.error_code - layout.general)
-        old = layout.old_exception - layout.general
-        self.old_exception = self.all[old : old + 4].cast("i")
-        self.eflags = engine.eflags
-
-    def eflags_of(self, raw: memoryview) -> int:
-        """The flags of a copy, whatever form they are kept in."""
-        self._copy[:] = raw
-        return self._scratch.eflags()
-
-    def floating_point_of(self, raw: memoryview) -> dict[str, int]:
-        """The x87 and SSE registers of a copy, by name."""
-        self._copy[:] = raw
-        return self._scratch.floating_point()
-
-
 class ContextState:
-    """`CpuState` over registers whose layout was probed: the engine's own between `enter` and `leave`, else a copy.
+    """`CpuState` over registers whose layout was probed: the engine's own while it has been entered, else a copy.
 
     Args:
         registers: the engine's, whose present values it begins with.
         mode, cr3: see `CpuState`.
+        entered: whether it is the engine's own from the start, as one is at any time.
 
     Attributes:
         words: the registers as 32-bit words, from EAX on.
@@ -286,30 +218,28 @@ class ContextState:
     esp, ebp, esi, edi = _Word(8), _Word(10), _Word(12), _Word(14)
     eip = _Word(_EIP)
 
-    def __init__(self, registers: Registers, mode: PagingMode, cr3: int) -> None:
+    def __init__(self, registers: EngineRegisters, mode: PagingMode, cr3: int, *, entered: bool = False) -> None:
         self._registers = registers
-        self._copy = View.over(memoryview(bytearray(registers.view.raw)))
-        self._use(self._copy)
+        self._own = view_over(memoryview(bytearray(registers.view[0])))
+        self._view = registers.view if entered else self._own
+        self._raw, self.words, self.frame, self.set_eax, self.selectors, self._unpack_interrupted = self._view
         self.mode, self.cr3 = mode, cr3
         self.gate: TrapGate | None = None
         self.inner_stack = (0, 0)
         # What `transfer` packed last: mostly the kernel's segments, each time.
         self._entry: tuple[Segment | None, Segment | None, bytes, bool, int] = (None, None, b"", False, 0)
 
-    def _use(self, view: View) -> None:
+    def enter(self, before: ContextState) -> None:
+        """These become the engine's registers instead of those of ``before``, which are a copy from now on."""
+        live, own = before._view, before._own
+        own[0][:] = live[0]
+        before._view = own
         # Spelled out as attributes, since a trap reads them more often than a switch sets them.
-        self._raw, self.words, self.frame, self.set_eax, self.selectors, self._unpack_interrupted = view
-
-    def enter(self) -> None:
-        """These become the engine's registers."""
-        view = self._registers.view
-        view.raw[:] = self._copy.raw
-        self._use(view)
-
-    def leave(self) -> None:
-        """The engine's registers are about to be another state's."""
-        self._copy.raw[:] = self._registers.view.raw
-        self._use(self._copy)
+        before._raw, before.words, before.frame, before.set_eax, before.selectors, before._unpack_interrupted = own
+        own = self._own
+        live[0][:] = own[0]
+        self._view = live
+        self._raw, self.words, self.frame, self.set_eax, self.selectors, self._unpack_interrupted = live
 
     @property
     def cpl(self) -> int:
@@ -335,7 +265,7 @@ class ContextState:
         words[_DF] = 0xFFFF_FFFF if value & DF else 1
 
     def _lazy_flags(self) -> int:
-        entered = self._raw is self._registers.view.raw
+        entered = self._view is not self._own
         return self._registers.eflags() if entered else self._registers.eflags_of(self._raw)
 
     def has_stopped(self) -> None:
@@ -382,32 +312,34 @@ class ContextState:
         words[_HFLAGS] = words[_HFLAGS] & ~at.HF_TS | (at.HF_TS if on else 0)
 
     def transfer(self, cs: Segment, eip: int, eflags: int, esp: int, ss: Segment | None) -> None:
-        registers = self._raw
-        hidden, extra_base, data_base = _unpack_hidden(registers, at.HFLAGS)
+        self.eflags = eflags
+        self.enter_handler(cs, eip, esp, ss, ~0)
+
+    def enter_handler(self, cs: Segment | None, eip: int, esp: int, ss: Segment | None, kept: int) -> None:
+        words = self.words
+        words[_EIP], words[_ESP] = eip, esp
+        flags = words[_EFLAGS]
+        if flags & ~kept:
+            words[_EFLAGS] = flags & kept
         if ss is None:
-            # In the same segment, as an upcall of a kernel is, all that follows from it stays too.
-            if _unpack_cache(registers, _CODE_BYTE) != cs:
-                _pack_cache(registers, _CODE_BYTE, *cs)
-                hidden = hidden & ~_FOLLOWING | self._following()
-        else:
-            kept_cs, kept_ss, raw, flat, ring = self._entry
-            if cs is not kept_cs or ss is not kept_ss:
-                raw = _CACHE.pack(*cs) + _CACHE.pack(*ss)
-                flat, ring = not ss.base and bool(cs.attributes & ss.attributes & _BIG), ss.attributes >> 13 & 3
-                self._entry = cs, ss, raw, flat, ring
-            registers[_CS_AND_SS] = raw
-            if extra_base or data_base or not flat:
-                hidden = hidden & ~(_FOLLOWING | _CPL) | self._following() | ring
-            else:
-                hidden = hidden & ~(_FOLLOWING | _CPL) | _FLAT | ring
-        direction = 0xFFFF_FFFF if eflags & DF else 1
-        _pack_go_on(registers, _EIP_BYTE, eip, eflags & _PLAIN | 2, eflags & ARITHMETIC, 1, direction, hidden)
-        self.words[_ESP] = esp
+            if cs is not None and _unpack_cache(self._raw, _CODE_BYTE) != cs:
+                _pack_cache(self._raw, _CODE_BYTE, *cs)
+                words[_HFLAGS] = words[_HFLAGS] & ~_FOLLOWING | self._following()
+            return
+        kept_cs, kept_ss, raw, flat, ring = self._entry
+        if cs is not kept_cs or ss is not kept_ss:
+            assert cs is not None
+            raw = _CACHE.pack(*cs) + _CACHE.pack(*ss)
+            flat, ring = not ss.base and bool(cs.attributes & ss.attributes & _BIG), ss.attributes >> 13 & 3
+            self._entry = cs, ss, raw, flat, ring
+        self._raw[_CS_AND_SS] = raw
+        following = _FLAT if flat and not (words[_EXTRA + 2] or words[_DATA + 2]) else self._following()
+        words[_HFLAGS] = words[_HFLAGS] & ~(_FOLLOWING | _CPL) | following | ring
 
     def interrupted(self) -> tuple[int, int, int, int, int, int]:
         esp, eip, flags, arithmetic, operation, direction, hidden, cs, ss = self._unpack_interrupted()
         if operation == _CC_OP_EFLAGS:
-            flags = flags & _PLAIN | arithmetic & ARITHMETIC | direction & DF | 2
+            flags |= arithmetic | direction & DF  # each has none of the others' bits
         else:
             flags = self._lazy_flags()
         return esp, eip, flags, hidden & 3, cs, ss

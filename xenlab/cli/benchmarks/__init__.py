@@ -75,6 +75,7 @@ def catalogue() -> dict[str, Benchmark]:
         Benchmark("syscall_bounced", Unit.FLOORS, 4.5, guests.syscall_bounced),
         Benchmark("domain_switch", Unit.FLOORS, 4.0, guests.domain_switch),
         Benchmark("domain_switch_128", Unit.FLOORS, 4.0, many.domain_switch_128),
+        Benchmark("domain_switch_bvt", Unit.FLOORS, 6.0, many.domain_switch_bvt),
         Benchmark("event_upcall", Unit.FLOORS, 4.0, many.event_upcall),
         Benchmark("mmu_update_1", Unit.FLOORS, 8.0, memory.mmu_update_1),
         Benchmark("mmu_update_8", Unit.FLOORS, 8.0, memory.mmu_update_8),

@@ -179,12 +179,13 @@ class Bvt:
         # Asked at each switch of the machine: it makes few calls of its own.
         self._charge(now)
         yields, self._news = not self._news and now < self._turn_end, False
-        running, first, ahead, length = self._running, self._first(), 0, self._slice
+        running, queue, ahead, length = self._running, self._unwarped, 0, self._slice
+        first = self._first() if self._warped_by_evt else queue[0] if queue else None
         if first is not None and running is not None:
             ahead = self._ahead(running[1], first)
         if first is not None and (yields or running is None or ahead >= self._allowance):
             running = self._switch(first, now, yields)
-            first = self._first()
+            first = self._first() if self._warped_by_evt else queue[0] if queue else None
             ahead = self._ahead(running[1], first) if first is not None else 0
             if ahead > 0:
                 ahead = 0  # one that has just been chosen has all of the allowance before it
@@ -198,11 +199,9 @@ class Bvt:
         self._turn_end = now + length
         return vcpu, length
 
-    def _first(self) -> _Entry | None:
-        """Who waits with the least effective time."""
-        if self._warped_by_evt:
-            return min(self._warped_by_evt[:1] + self._unwarped[:1])
-        return self._unwarped[0] if self._unwarped else None
+    def _first(self) -> _Entry:
+        """Who waits with the least effective time, when some are warped."""
+        return min(self._warped_by_evt[:1] + self._unwarped[:1])
 
     def _ahead(self, clock: _Clock, first: _Entry) -> int:
         """How far the running vCPU is ahead of the first that waits, in instructions of its own, times `_UNIT`."""
@@ -220,8 +219,9 @@ class Bvt:
             del self._unwarped[0]
         if before is not None:
             self._wait(*before)
-        self._running, self._since = (vcpu, clock), now
-        return vcpu, clock
+        self._running = running = vcpu, clock
+        self._since = now
+        return running
 
     def _charge(self, now: int) -> None:
         """Let the clock of the one that runs go on to ``now``."""
