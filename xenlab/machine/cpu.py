@@ -214,7 +214,7 @@ class ProbedCpu:
         # The library translates the addresses by the current tables; without paging they are machine
         # addresses, and no page fault is left in flight.
         self._engine.write("cr0", CR0 & ~CR0_PG)
-        self._engine.uc.ctl_remove_cache(begin, end)
+        self._engine.forget_code(begin, end)
         self._engine.write("cr0", CR0)
 
     def single_step(self, done: StepHandler) -> None:
