@@ -187,7 +187,7 @@ ODD = {
     "return 'web', 100": "must return whole numbers, it returned ('web', 100)",
     "return 7": "must return (vcpu, instructions) or None, it returned 7",
     "raise KeyError(now)": "raised KeyError",
-    "while True: pass": "pick(now=0) did not return within 1 s of CPU time",
+    "while True: pass": "pick(now=0) did not return within 0.25 s of CPU time",
     "exit()": "raised SystemExit",
     "return min(self.ready, default=None), 1": f"asked {MAX_PICKS:,} times",
 }
@@ -239,7 +239,7 @@ def test_what_it_does_wrong_when_it_is_told_shows_in_its_next_answer(method: str
 def test_a_part_that_loops_costs_seconds_and_not_the_report(judged: Grade) -> None:
     report = judged("10", ODD_SCHEDULER.format(body="while True: pass"))
     assert (report.score, report.error) == (0, None)
-    assert "did not return within 1 s" in messages(report)
+    assert "did not return within 0.25 s" in messages(report)
 
 
 FORGED = (
@@ -271,12 +271,15 @@ def test_any_decision_is_usable_or_named(decision: Any, runnable: set[int]) -> N
 @pytest.mark.parametrize("student", ["ada", *more("", "grace", "linus")])
 def test_the_solution_keeps_all_numbers(student: str) -> None:
     made, part = exercise_of(student), names_in("10", solution_of("10"), student)["MyScheduler"]
+    checked: set[str] = set()
     for guest in all_guests(made):
         run, decisions = played(made, guest, part)
         finding = made.judge(guest, run, decisions)
         assert finding.passed, finding.message
         assert len(decisions) < MAX_PICKS / 2
-        assert first_astray(run.scheduled, made.rules) is None
+        if guest.check not in checked:  # each turn with fractions, which takes longer than the run
+            assert first_astray(run.scheduled, made.rules) is None
+            checked.add(guest.check)
 
 
 def test_a_replay_is_the_recorded_run() -> None:
