@@ -49,7 +49,7 @@ def test_release_writes_exercises_without_solutions(xenlab: Run, clone: Path) ->
     made = clone / "exercises" / "00-first.ipynb"
     assert result.stdout.strip() == str(made)
     text = made.read_text(encoding="utf-8")
-    assert "42" not in text
+    assert "answer = 42" not in text
     assert "YOUR CODE HERE" in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 from xenlab.grading.judge import grade
 from xenlab.grading.report import Report
 from xenlab.grading.sandbox import Limits
+
+# Test modules are imported by path, so helpers beside them have to be made findable.
+sys.path.insert(0, str(Path(__file__).parent))
 
 Submit = Callable[..., Path]
 Grade = Callable[..., Report]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from exercise_bench import (
+    POSIX,
+    SEEDS,
+    Grade,
+    all_guests,
+    changed,
+    messages,
+    names_in,
+    points,
+    solution_of,
+    tried_with,
+)
+from exercise_bench import played as played_by
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,20 +25,16 @@ from xenlab.abi.numbers import Errno
 from xenlab.grading import exercise
 from xenlab.grading.decisions import Recorder, Replayer, Unusable
 from xenlab.grading.guests import Run, image_from_source, record, replay
-from xenlab.grading.hidden.lesson_05 import guests as hidden_guests
 from xenlab.grading.instances import seed_of
 from xenlab.grading.lessons import lesson
 from xenlab.grading.lessons.base import Finding, Guest
 from xenlab.grading.lessons.page_guests import map_page, own
 from xenlab.grading.page_types_slot import MAX_ANSWERS, PageTypesSlot, answer_of
 from xenlab.grading.patience import OutOfPatience, patience
-from xenlab.grading.report import Report
 from xenlab.grading.validated import known_frames
 from xenlab.hypervisor.trace import Kind
 from xenlab.labs.obedient import Obedient
 
-Grade = Callable[..., Report]
-Solution = Callable[[str], str]
 STUDENT = "ada"
 USES, REFS = ("self.uses[mfn] -= 1", "self.uses[mfn] -= 0"), ("self.refs[mfn] -= 1", "self.refs[mfn] -= 0")
 UNUSED = "return answer if self.refs[mfn] else answer + 2"
@@ -79,29 +85,16 @@ SAID = {
 }
 
 
-def points(report: Report) -> tuple[int, ...]:
-    return tuple(check.points for check in report.checks)
-
-
-def messages(report: Report) -> str:
-    return "\n".join(check.message for check in report.checks)
-
-
-def without(answer: str, there: str, instead: str) -> str:
-    assert there in answer
-    return answer.replace(there, instead)
-
-
 @pytest.mark.parametrize("omitted", OMISSIONS)
-def test_each_omitted_rule_costs(judged: Grade, solution: Solution, omitted: str) -> None:
-    report = judged("05", without(solution("05"), *OMISSIONS[omitted]), STUDENT)
+def test_each_omitted_rule_costs(omitted: str) -> None:
+    report = tried_with("05", OMISSIONS[omitted], STUDENT)
     expected = LEFT[omitted]
     assert points(report) == expected, report.text()
     assert SAID[omitted] in messages(report)
 
 
-def test_the_entry_is_decoded_and_the_hypercall_named(judged: Grade, solution: Solution) -> None:
-    said = messages(judged("05", without(solution("05"), *OMISSIONS["owner"]), STUDENT))
+def test_the_entry_is_decoded_and_the_hypercall_named(judged: Grade) -> None:
+    said = messages(judged("05", changed("05", *OMISSIONS["owner"]), STUDENT))
     neighbour, _free = known_frames()
     assert "first wrong step: hypercall 2, instruction " in said
     assert f"frame {neighbour:#x}, present, writable, accessed, dirty" in said
@@ -152,17 +145,14 @@ LOOP = "while use == 1 and len(self.refs) > 500 and self.uses.get(mfn): pass"
         ("raise SystemExit", "take(0xa5, 0) raised SystemExit"),
     ],
 )
-def test_a_validator_that_raises_or_answers_nonsense_is_told_so(
-    judged: Grade, solution: Solution, spoilt: str, said: str
-) -> None:
-    report = judged("05", without(solution("05"), GRANTED, spoilt), STUDENT)
+def test_a_validator_that_raises_or_answers_nonsense_is_told_so(spoilt: str, said: str) -> None:
+    report = tried_with("05", (GRANTED, spoilt), STUDENT)
     assert report.score == 0
-    assert report.error is None
     assert said in messages(report)
 
 
-def test_a_wrong_drop_is_named_with_the_hypercall(judged: Grade, solution: Solution) -> None:
-    said = messages(judged("05", without(solution("05"), UNUSED, "return 7"), STUDENT))
+def test_a_wrong_drop_is_named_with_the_hypercall() -> None:
+    said = messages(tried_with("05", (UNUSED, "return 7"), STUDENT))
     assert "first wrong step: hypercall 1" in said
     assert "must answer 0, 1 (untyped), 2 (unused) or 3 (both), it answered 7" in said
 
@@ -174,9 +164,9 @@ def test_a_missing_method_is_named(judged: Grade) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="the system has no timer for CPU time")
-def test_a_validator_that_loops_in_some_guests_loses_those(judged: Grade, solution: Solution) -> None:
-    answer = without(solution("05"), "        uses, kind =", f"        {LOOP}\n        uses, kind =")
+@POSIX
+def test_a_validator_that_loops_in_some_guests_loses_those(judged: Grade) -> None:
+    answer = changed("05", "        uses, kind =", f"        {LOOP}\n        uses, kind =")
     report = judged("05", answer, STUDENT)
     assert report.error is None
     assert points(report) == (2, 3, 1)
@@ -184,22 +174,18 @@ def test_a_validator_that_loops_in_some_guests_loses_those(judged: Grade, soluti
     assert "did not answer within 1 s of CPU time" in messages(report)
 
 
-def played(part: Callable[[], Any], guest: Guest, student: str = STUDENT) -> tuple[Finding, Run]:
-    """A guest on a part, as the judge sees it."""
+def played(part: Any, guest: Guest, student: str = STUDENT) -> tuple[Finding, Run]:
+    """A guest on a part, and what is found."""
     made = lesson("05", seed_of(student))
-    image = image_from_source(guest.source, guest.name)
-    decisions = record(image, made.slot, part)
-    run = replay(image, made.slot, decisions)
+    run, decisions = played_by(made, guest, part)
     return made.judge(guest, run, decisions), run
 
 
-def right(solution: Solution, student: str = STUDENT) -> Any:
-    namespace: dict[str, Any] = {"exercise": exercise("05", student)}
-    exec(solution("05"), namespace)
-    return namespace["MyPageTypes"]
+def right(student: str = STUDENT) -> Any:
+    return names_in("05", solution_of("05"), student)["MyPageTypes"]
 
 
-@given(seed=st.integers(0, (1 << 32) - 1))
+@given(seed=SEEDS)
 def test_seeds_choose_distinct_errnos_and_a_limit_that_lets_domains_be_built(seed: int) -> None:
     rules = lesson("05", seed).parameters
     errnos = [rules[name] for name in ("flags", "nowhere", "foreign", "nobody")]
@@ -210,10 +196,10 @@ def test_seeds_choose_distinct_errnos_and_a_limit_that_lets_domains_be_built(see
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_solution_passes_every_guest_of_many_seeds(solution: Solution, number: int) -> None:
+def test_solution_passes_every_guest_of_many_seeds(number: int) -> None:
     student = f"student-{number}"
-    made, part = lesson("05", seed_of(student)), right(solution, student)
-    for guest in (*made.guests(), *hidden_guests(made)):
+    made, part = lesson("05", seed_of(student)), right(student)
+    for guest in all_guests(made):
         finding, run = played(part, guest, student)
         assert finding.passed, finding.message
         assert run.violations == []
@@ -227,17 +213,17 @@ def test_our_own_validator_fails_every_guest_that_counts_for_service() -> None:
     exec(OURS, namespace)
     for student in ("", STUDENT, "grace"):
         made = lesson("05", seed_of(student))
-        for guest in (*made.guests(), *hidden_guests(made)):
+        for guest in all_guests(made):
             if guest.check == "05.1":
                 finding, _run = played(namespace["MyPageTypes"], guest, student)
                 assert not finding.passed, guest.name
 
 
-def test_the_judge_sees_the_recorded_run_whatever_the_part_would_do_now(solution: Solution) -> None:
+def test_the_judge_sees_the_recorded_run_whatever_the_part_would_do_now() -> None:
     made = lesson("05", seed_of(STUDENT))
     guest = made.guests()[0]
     image = image_from_source(guest.source, guest.name)
-    decisions = record(image, made.slot, right(solution))
+    decisions = record(image, made.slot, right())
     assert all(type(decision) is int for decision in decisions)
     one, two = (replay(image, made.slot, decisions) for _ in range(2))
     assert one.events == two.events
@@ -298,12 +284,12 @@ def test_a_part_is_not_asked_for_ever() -> None:
         again.take(3, 6)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the system has no timer for CPU time")
+@POSIX
 def test_patience_ends_a_loop_and_nothing_else() -> None:
     def loop() -> None:
         with patience(0.05):
             while True:
-                time.thread_time()
+                pass
 
     with pytest.raises(OutOfPatience):
         loop()
@@ -311,8 +297,8 @@ def test_patience_ends_a_loop_and_nothing_else() -> None:
         assert sum(range(10)) == 45
 
 
-def test_a_student_can_try_the_part_on_the_guest_of_the_lesson(solution: Solution) -> None:
-    guest = Obedient(page_types=right(solution)())
+def test_a_student_can_try_the_part_on_the_guest_of_the_lesson() -> None:
+    guest = Obedient(page_types=right()())
     page = guest.page(0)
     assert guest.update(guest.leaf, 300, guest.mode.entry(page.mfn, 0x63)).result == 0
     foreign = exercise("05", STUDENT).parameters["foreign"]

@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from exercise_bench import (
+    POSIX,
+    SEEDS,
+    Grade,
+    assert_no_decision_passes,
+    changed,
+    messages,
+    more,
+    plain_data,
+    points,
+    scores,
+    self_checks,
+    solution_of,
+    tried,
+    tried_with,
+)
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from xenlab.grading import exercise
 from xenlab.grading.bounce_slot import frame_of
 from xenlab.grading.decisions import Unusable
-from xenlab.grading.guests import image_from_source, record, replay
-from xenlab.grading.hidden.lesson_07 import guests as hidden_guests
 from xenlab.grading.instances import Choices, seed_of
 from xenlab.grading.lessons import lesson
 from xenlab.grading.lessons.agreement import IN_FRAME, Agreement
-from xenlab.grading.lessons.base import checks_of
-from xenlab.grading.report import Report
+from xenlab.hypervisor.bounce import XenBounce
 
-Grade = Callable[..., Report]
-Read = Callable[[str], str]
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the system has no timer of CPU time")
 # Between them: both places of the error code and of the address, with and without a word for no error code.
 STUDENTS = ("", "ada", "bob")
-MORE_STUDENTS = [pytest.param(name, marks=pytest.mark.storm) for name in STUDENTS[1:]]
-SEEDS = st.integers(0, (1 << 32) - 1)
-
-
-@pytest.fixture(scope="module")
-def answer_07(repository: Path) -> str:
-    """The instructor's answer, for Hypothesis, which runs a test many times with the same fixtures."""
-    cells = json.loads(next((repository / "solutions").glob("07-*.ipynb")).read_text(encoding="utf-8"))["cells"]
-    return next("".join(cell["source"]) for cell in cells if cell["metadata"].get("nbgrader", {}).get("solution"))
-
-
-def points(report: Report) -> tuple[int, ...]:
-    return tuple(check.points for check in report.checks)
-
-
-def messages(report: Report) -> str:
-    return "\n".join(check.message for check in report.checks)
 
 
 def test_the_students_of_these_tests_have_different_agreements() -> None:
@@ -96,50 +84,30 @@ MAY_BE_RIGHT = {
 }
 
 
-def tried(answer: str, student: str) -> tuple[tuple[int, ...], str]:
-    """Points and messages of an answer, without a process of its own."""
-    made = lesson("07", seed_of(student))
-    namespace: dict[str, Any] = {"exercise": made}
-    exec(answer, namespace)
-    findings = []
-    for guest in made.guests() + hidden_guests(made):
-        image = image_from_source(guest.source, guest.name)
-        decisions = record(image, made.slot, namespace["MyBounce"])
-        findings.append(made.judge(guest, replay(image, made.slot, decisions), decisions))
-    found = tuple(check.points for check in checks_of(made.plan, findings))
-    return found, "\n".join(finding.message for finding in findings)
-
-
-@pytest.mark.parametrize(
-    "student", [STUDENTS[0], *(pytest.param(name, marks=pytest.mark.storm) for name in STUDENTS[1:])]
-)
+@pytest.mark.parametrize("student", [STUDENTS[0], *more(*STUDENTS[1:])])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_each_mistake_costs_where_it_is_one(solution: Read, mistake: str, student: str) -> None:
-    there, instead, left, said = MISTAKES[mistake]
-    answer = solution("07")
-    assert there in answer
-    found, messages_found = tried(answer.replace(there, instead), student)
-    assert found == left, messages_found
-    assert said in messages_found
+def test_each_mistake_costs_where_it_is_one(mistake: str, student: str) -> None:
+    report = tried_with("07", MISTAKES[mistake], student)
+    _there, _instead, left, said = MISTAKES[mistake]
+    assert points(report) == left, report.text()
+    assert said in messages(report)
 
 
 @pytest.mark.parametrize("mistake", MAY_BE_RIGHT)
-def test_a_mistake_that_may_be_right_costs_somebody(solution: Read, mistake: str) -> None:
-    there, instead = MAY_BE_RIGHT[mistake]
-    assert there in solution("07")
-    scores = {sum(tried(solution("07").replace(there, instead), student)[0]) for student in STUDENTS}
-    assert min(scores) < max(scores) == 10
+def test_a_mistake_that_may_be_right_costs_somebody(mistake: str) -> None:
+    found = {tried_with("07", MAY_BE_RIGHT[mistake], student).score for student in STUDENTS}
+    assert min(found) < max(found) == 10
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_frames_without_error_codes_are_not_looked_at_in_the_first_check(solution: Read, student: str) -> None:
-    wrong = solution("07").replace('else RULES["no_error"]', 'else [0x77] * (1 - len(RULES["no_error"]))')
-    assert tried(wrong, student)[0][:3] == (3, 0, 0)
+def test_frames_without_error_codes_are_not_looked_at_in_the_first_check(student: str) -> None:
+    wrong = 'else RULES["no_error"]', 'else [0x77] * (1 - len(RULES["no_error"]))'
+    assert points(tried_with("07", wrong, student))[:3] == (3, 0, 0)
 
 
-def test_a_half_right_submission_keeps_the_other_half(judged: Grade, solution: Read) -> None:
+def test_a_half_right_submission_keeps_the_other_half(judged: Grade) -> None:
     there, instead, left, said = MISTAKES["no writable"]
-    report = judged("07", solution("07").replace(there, instead), "ada")
+    report = judged("07", changed("07", there, instead), "ada")
     assert points(report) == left
     assert said in messages(report)
 
@@ -156,29 +124,12 @@ def test_the_shipped_bounce_and_giving_up_earn_nothing(judged: Grade, answer: st
 
 @settings(max_examples=3)
 @given(SEEDS)
-def test_no_seed_is_xens_own_agreement(seed: int) -> None:
-    from xenlab.hypervisor.bounce import XenBounce
-
+def test_any_seed_tells_the_solution_from_xens_own_agreement(seed: int) -> None:
     made = lesson("07", seed)
-    findings = []
-    for guest in made.guests() + hidden_guests(made):
-        image = image_from_source(guest.source, guest.name)
-        decisions = record(image, made.slot, XenBounce)
-        findings.append(made.judge(guest, replay(image, made.slot, decisions), decisions))
-    assert sum(check.points for check in checks_of(made.plan, findings)) == 0
-
-
-@settings(max_examples=3)
-@given(SEEDS)
-def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
-    made = lesson("07", seed)
-    namespace: dict[str, Any] = {"exercise": made}
-    exec(answer_07, namespace)
-    for guest in made.guests() + hidden_guests(made):
-        image = image_from_source(guest.source, guest.name)
-        decisions = record(image, made.slot, namespace["MyBounce"])
-        finding = made.judge(guest, replay(image, made.slot, decisions), decisions)
-        assert finding.passed, finding.message
+    names: dict[str, Any] = {"exercise": made}
+    exec(solution_of("07"), names)
+    assert scores(made, names["MyBounce"]) == tuple(plan.points for plan in made.plan)
+    assert sum(scores(made, XenBounce)) == 0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +137,7 @@ def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
     [
         ("1 / 0", "raised ZeroDivisionError: division by zero (line "),
         ("raise SystemExit(3)", "raised SystemExit"),
-        pytest.param("while True: pass", "no answer within 0.2 s of CPU time", marks=POSIX),
+        pytest.param("while True: pass", "no answer within 0.05 s of CPU time", marks=POSIX),
         ("return 7", "frame for #PF page fault: expected None, or a mapping with words"),
         ("return {'words': [1], 'registers': {}}", "expected registers: all of eip cs eflags esp ss"),
         ("return {'words': [-1], 'registers': registers}", "expected words: a list of 1 to 16"),
@@ -197,12 +148,13 @@ def test_the_solution_is_right_for_any_seed(answer_07: str, seed: int) -> None:
         ("return {'words': [type('W', (int,), {})(5)], 'registers': registers}", "expected words: a list"),
     ],
 )
-def test_nonsense_is_named_at_its_step(body: str, said: str) -> None:
+def test_nonsense_is_named_at_its_step(body: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xenlab.grading.bounce_slot.ANSWER_SECONDS", 0.05)  # of each guest
     source = f"class MyBounce:\n    def frame(self, trap, registers, gate, kernel, writable):\n        {body}"
-    found, text = tried(source, "ada")
-    assert sum(found) == 0
-    assert "first wrong step: instruction" in text
-    assert said in text, text
+    report = tried("07", source, "ada")
+    assert report.score == 0
+    assert "first wrong step: instruction" in messages(report)
+    assert said in messages(report)
 
 
 def test_nonsense_is_reported_by_the_judge_too(judged: Grade) -> None:
@@ -261,27 +213,12 @@ def test_tampering_in_the_students_process_earns_nothing(judged: Grade, tampered
 
 
 def test_forged_decisions_are_only_wrong_decisions() -> None:
-    made = lesson("07", 5)
-    guest = made.guests()[0]
-    image = image_from_source(guest.source, guest.name)
     frame = {"words": [1], "registers": dict.fromkeys(("eip", "cs", "eflags", "esp", "ss"), 1), "shared": []}
-    forged: tuple[Any, ...] = ([], [{"end": 1}], ["end"], [{"end": True}] * 200, [frame], [{**frame, "shared": 3}], 7)
-    for decisions in forged:
-        finding = made.judge(guest, replay(image, made.slot, decisions), [])
-        assert not finding.passed
-        assert "first wrong step: instruction" in finding.message
+    forged = ([], [{"end": 1}], ["end"], [{"end": True}] * 200, [frame], [{**frame, "shared": 3}], 7)
+    assert_no_decision_passes(lesson("07", 5), forged)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: (
-        st.lists(inner)
-        | st.dictionaries(st.text() | st.sampled_from(["end", "words", "registers", "shared", "unusable"]), inner)
-    ),
-)
-
-
-@given(JSON)
+@given(plain_data("end", "words", "registers", "shared", "unusable"))
 def test_any_decision_is_usable_or_named(decision: Any) -> None:
     if isinstance(decision, dict) and "unusable" not in decision and decision.get("end") is True:
         assert frame_of(decision) is None
@@ -291,8 +228,6 @@ def test_any_decision_is_usable_or_named(decision: Any) -> None:
 
 
 def test_self_checks_name_the_first_wrong_step_and_the_word() -> None:
-    from xenlab.hypervisor.bounce import XenBounce
-
     made = exercise("07", "ada")
     failed = made.check("07.1", XenBounce)
     assert not failed
@@ -302,9 +237,5 @@ def test_self_checks_name_the_first_wrong_step_and_the_word() -> None:
 
 
 @pytest.mark.parametrize("mistake", ["trap flag left", "gate never masks", "a word too few asked"])
-def test_self_checks_do_not_give_all_away(solution: Read, mistake: str) -> None:
-    there, instead, _left, _said = MISTAKES[mistake]
-    namespace: dict[str, Any] = {"exercise": exercise("07", "ada")}
-    exec(solution("07").replace(there, instead), namespace)
-    for check in ("07.1", "07.2", "07.3", "07.4"):
-        assert namespace["exercise"].check(check, namespace["MyBounce"])
+def test_self_checks_do_not_give_all_away(mistake: str) -> None:
+    assert self_checks("07", MISTAKES[mistake], "ada") == [True] * 4

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from exercise_bench import Grade, Read, changed, messages, more, points
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +18,8 @@ from xenlab.grading.lessons.base import checks_of
 from xenlab.grading.lessons.lesson_04 import TablesForASparseGuest, self_check_probes, solve
 from xenlab.grading.lessons.sparse_probes import MOST_PROBES
 from xenlab.grading.lessons.sparse_tables import construct
-from xenlab.grading.report import Report
 from xenlab.hypervisor.auditor import check
 
-Grade = Callable[..., Report]
-Read = Callable[[str], str]
 NOBODY = "{guest['name']: None for guest in exercise.parameters['guests']}"
 # What is changed in the solution, the points that are left for the four checks, and what the report says.
 MISTAKES: dict[str, tuple[str, str, tuple[int, int, int, int], str]] = {
@@ -69,29 +66,19 @@ MISTAKES: dict[str, tuple[str, str, tuple[int, int, int, int], str]] = {
 }
 
 
-def points(report: Report) -> tuple[int, ...]:
-    return tuple(check.points for check in report.checks)
-
-
-def text(report: Report) -> str:
-    return "\n".join(check.message for check in report.checks)
-
-
-@pytest.mark.parametrize("student", ["", "ada", "s4"])
+@pytest.mark.parametrize("student", ["", *more("ada", "s4")])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_each_mistake_costs_what_it_breaks(judged: Grade, solution: Read, mistake: str, student: str) -> None:
+def test_each_mistake_costs_what_it_breaks(judged: Grade, mistake: str, student: str) -> None:
     there, instead, left, said = MISTAKES[mistake]
-    answer = solution("04")
-    assert there in answer
-    report = judged("04", answer.replace(there, instead), student)
+    report = judged("04", changed("04", there, instead), student)
     assert points(report) == left, report.text()
-    assert said in text(report)
+    assert said in messages(report)
 
 
 def test_a_fault_is_shown_with_the_walk_there(judged: Grade, solution: Read) -> None:
     report = judged("04", solution("04").replace("PRESENT | RW | USER\n", "PRESENT | RW\n"))
-    assert "guest 'plain two-level': ring 3 reads at 0x" in text(report)
-    assert "the walk there: l2[" in text(report)
+    assert "guest 'plain two-level': ring 3 reads at 0x" in messages(report)
+    assert "the walk there: l2[" in messages(report)
 
 
 def answers(solution: Read, student: str = "") -> dict[str, Any]:
@@ -208,4 +195,4 @@ def test_any_tables_at_all_give_findings_and_a_content_auditor(data: st.DataObje
 def test_nothing_is_handed_in_without_a_function(judged: Grade) -> None:
     report = judged("04", f"page_tables = None\nanswer = {NOBODY}")
     assert report.score == 0
-    assert "raised TypeError" in text(report)
+    assert "raised TypeError" in messages(report)

@@ -369,7 +369,7 @@ class Storm:
 
 
 PER_STORM = 5_000
-STORMS = 20  # 100,000 operations
+STORMS = 8  # 40,000 operations
 MORE_STORMS = 500
 
 

@@ -324,7 +324,7 @@ def test_what_is_borrowed_is_paid_back(warp: int, hogs: int, burst: int) -> None
     assert world.ran[0] <= fair + warp + 2 * ALLOWANCE
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(st.integers(20, 500), st.integers(1, 10), st.integers(10, 400))
 def test_a_huge_warp_buys_no_more_than_its_limit(limit: int, times: int, burst: int) -> None:
     """Without the limit it would have the CPU to itself; falling asleep just in time does not help."""

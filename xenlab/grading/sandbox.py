@@ -85,12 +85,15 @@ def _exchange(data: bytes, folder: str, limits: Limits) -> tuple[bytes, int]:
     too_long = threading.Event()
     feeder = threading.Thread(target=_feed, args=(process.stdin, data), daemon=True)
     reader = threading.Thread(target=_collect, args=(process, received, limits.reply_bytes, too_long), daemon=True)
-    feeder.start()
-    reader.start()
+    # In a thread, since a wait with a timeout looks for the end every 50 ms only.
+    waiter = threading.Thread(target=process.wait, daemon=True)
+    for thread in (feeder, reader, waiter):
+        thread.start()
     try:
-        status = process.wait(limits.wall_seconds)
-    except subprocess.TimeoutExpired:
-        raise NoReply(f"the notebook was stopped: it ran longer than {limits.wall_seconds:g} s") from None
+        waiter.join(limits.wall_seconds)
+        status = process.returncode
+        if status is None:
+            raise NoReply(f"the notebook was stopped: it ran longer than {limits.wall_seconds:g} s")
     finally:
         _end(process)
         # A grandchild that left the group may hold the pipe open; its words are not waited for.

@@ -279,7 +279,7 @@ class _Audit:
             return
         count = PAGE_SIZE // 8
         for number, value in enumerate(self.memory.qwords[mfn * count : (mfn + 1) * count]):
-            if not _is_safe(value, segments_end(domain.mode)):
+            if value and not _is_safe(value, segments_end(domain.mode)):
                 where = f"descriptor {number} in frame {mfn:#x} of domain {domain.domid}: {value:#018x}"
                 self.complain(Invariant.DESCRIPTORS, where)
 

@@ -230,7 +230,7 @@ class ProbedCpu:
         # addresses, and no page fault is left in flight.
         kept = bytes(self._registers.all)
         self._engine.write("cr0", CR0 & ~CR0_PG)
-        self._engine.uc.ctl_remove_cache(begin, end)
+        self._engine.forget_code(begin, end)
         self._engine.write("cr0", CR0)
         self._registers.all[:] = kept
 

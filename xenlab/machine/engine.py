@@ -53,6 +53,9 @@ def _function(name: str, *arguments: Any) -> Callable[..., int]:
 _direct = ctypes.PyDLL(uclib._name)
 _direct_save, _direct_restore = _direct["uc_context_save"], _direct["uc_context_restore"]
 _direct_reg_read, _direct_reg_write = _direct["uc_reg_read"], _direct["uc_reg_write"]
+_direct_control = _direct["uc_ctl"]
+_direct_control.argtypes = (_ptr, ctypes.c_uint32)  # those behind them are variadic
+_REMOVE_CACHE = unicorn.UC_CTL_IO_WRITE << 30 | 2 << 26 | unicorn.UC_CTL_TB_REMOVE_CACHE
 
 context_reg_read = _function("uc_context_reg_read", _ptr, ctypes.c_int, _ptr)
 context_reg_write = _function("uc_context_reg_write", _ptr, ctypes.c_int, _ptr)
@@ -96,6 +99,8 @@ class Engine:
         self.uc.ctl_exits_enabled(True)
         self.uc.ctl_set_exits([])
         self._callbacks: list[Any] = []
+        self._value = ctypes.c_uint64()
+        self._write = partial(_direct_reg_write, _ptr(self.handle))
         self._cr3 = ctypes.c_uint64()
         number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(self._cr3))
         self._load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
@@ -123,6 +128,10 @@ class Engine:
     def on_instruction(self, instruction: int, function: Callable[..., Any]) -> None:
         """Call ``function`` for one of the instructions that Unicorn lets a hook replace."""
         self.uc.hook_add(unicorn.UC_HOOK_INSN, function, None, 1, 0, instruction)
+
+    def on_code(self, function: Callable[[int, int, int, int], None]) -> None:
+        """Call ``function(_, linear address, length, _)`` before each instruction."""
+        self._raw_hook(unicorn.UC_HOOK_CODE, CODE_CALLBACK(function))
 
     def observe(
         self, begun: Callable[[int, int, int, int], None], accessed: Callable[[int, int, int, int, int, int], None]
@@ -171,8 +180,16 @@ class Engine:
         return finish
 
     def write(self, register: str, value: int) -> None:
-        """Set a register by name through the public API."""
-        self.uc.reg_write(REGISTER_IDS[register], value)
+        """Set a register by name.  Raises UcError when the library refuses the value."""
+        self._value.value = value
+        if status := self._write(REGISTER_IDS[register], ctypes.byref(self._value)):
+            raise unicorn.UcError(status)
+
+    def forget_code(self, begin: int, end: int) -> None:
+        """Drop what was translated from the code at these addresses, which the current tables translate."""
+        bounds = ctypes.c_uint64(begin), ctypes.c_uint64(end)
+        if status := _direct_control(self.handle, _REMOVE_CACHE, *bounds):
+            raise unicorn.UcError(status)
 
     def write_cr3(self, value: int) -> None:
         """Set CR3, which empties the TLB."""

@@ -37,9 +37,6 @@ Four differ where no validated guest can:
 
 from __future__ import annotations
 
-from typing import Any
-
-import unicorn
 from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import UcError
 
@@ -154,7 +151,7 @@ class PortableCpu:
     def forget_code(self, begin: int, end: int) -> None:
         # The library translates the addresses by the current tables; without paging they are machine addresses.
         self._engine.write("cr0", CR0 & ~_PAGING)
-        self._engine.uc.ctl_remove_cache(begin, end)
+        self._engine.forget_code(begin, end)
 
     def single_step(self, done: StepHandler) -> None:
         self._step = done
@@ -321,13 +318,13 @@ class PortableCpu:
             on_interrupt(0, INVALID_OPCODE, 0)
             return True
 
-        def on_code(_uc: Any, address: int, _size: int, _data: Any) -> None:
+        def on_code(_engine: int, address: int, _size: int, _data: int) -> None:
             self._begun += 1
             self._last = address
 
         engine.on_interrupt(on_interrupt)
         engine.on_invalid(on_invalid)
-        engine.uc.hook_add(unicorn.UC_HOOK_CODE, on_code)
+        engine.on_code(on_code)
         install_instruction_hooks(engine, self._begin_leaving)
 
     def _begin_leaving(self, vector: int) -> None:
