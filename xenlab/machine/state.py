@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xenlab.machine import layout as at
 from xenlab.machine.engine import GENERAL, SEGMENTS, Context, Engine
+from xenlab.machine.floating_point import from_image
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.segments import Descriptor
 
@@ -152,6 +153,10 @@ class CpuState(Protocol):
 
     def set_task_switched(self, on: bool) -> None:
         """Set CR0.TS, with which the next floating-point or SSE instruction raises #NM, or clear it."""
+        ...
+
+    def set_floating_point(self, image: bytes) -> None:
+        """Load the x87 and SSE registers from an image as FXSAVE stores it."""
         ...
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -357,6 +362,9 @@ class ContextState:
     def restore(self, saved: bytes) -> None:
         self._context.raw[:] = saved[:-4]
         self.cr3 = int.from_bytes(saved[-4:], "little")
+
+    def set_floating_point(self, image: bytes) -> None:
+        self._context.set_floating_point(from_image(image))
 
     def architectural(self) -> Mapping[str, int]:
         return architectural(self, self._context.floating_point())
