@@ -271,11 +271,11 @@ class Hypervisor:
         self.sleep(vcpu, RunState.BLOCKED)
 
     def wake(self, vcpu: Vcpu) -> None:
-        """Make a blocked vCPU runnable; a paused one stays paused but will not sleep on."""
-        if vcpu.run_state is RunState.PAUSED:
-            vcpu.paused_from = RunState.RUNNABLE
-        elif vcpu.run_state is RunState.BLOCKED:
+        """Make a blocked vCPU runnable; one that is paused or down stays so but will not sleep on."""
+        if vcpu.run_state is RunState.BLOCKED:
             self.make_runnable(vcpu)
+        else:
+            vcpu.paused_from = RunState.RUNNABLE
 
     def pause(self, domain: Domain) -> None:
         """Stop running ``domain`` until `unpause`.  Pausing twice is pausing once."""

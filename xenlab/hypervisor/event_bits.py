@@ -131,7 +131,7 @@ class SlottedEvents(EventChannels):
         answer = self._ask(domain, "send", port, *words, vcpu.run_state is RunState.BLOCKED)
         self._store(domain, port, vcpu, answer)
         if answer.get("wake"):
-            self._wake(vcpu)
+            self.unblock(vcpu)
         stopped = _stopped(words, answer)
         if stopped != AT_PENDING:
             self._wake_pollers(domain, port)

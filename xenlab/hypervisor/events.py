@@ -116,7 +116,7 @@ class EventChannels:
     def _wake_pollers(self, domain: Domain, port: int) -> None:
         for vcpu in domain.vcpus:
             if vcpu.polling and vcpu.polling in (ANY_PORT, port):
-                self._wake(vcpu)
+                self.unblock(vcpu)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
@@ -132,10 +132,11 @@ class EventChannels:
         if self._bytes[vcpu.info] & 1:
             return AT_UPCALL
         self._bytes[vcpu.info] |= 1
-        self._wake(vcpu)
+        self.unblock(vcpu)
         return THROUGH
 
-    def _wake(self, vcpu: Vcpu) -> None:
+    def unblock(self, vcpu: Vcpu) -> None:
+        """End the sleep of ``vcpu``, and what it polls for."""
         vcpu.polling = 0
         self._xen.wake(vcpu)
 
