@@ -27,6 +27,7 @@ from xenlab.abi.numbers import (
     VcpuFlags,
     VcpuOp,
 )
+from xenlab.abi.structures import VcpuGuestContext
 from xenlab.hypervisor import auditor
 from xenlab.hypervisor.accounting import runstate, usage
 from xenlab.hypervisor.descriptor_tables import place_of
@@ -519,6 +520,20 @@ class TestPageTables:
         assert bench.xen.page_tables.partial
         assert bench.op(VcpuOp.INITIALISE, 1, CONTEXT) == 0
         assert not bench.xen.page_tables.partial
+        bench.end()
+
+    def test_a_context_with_nothing_but_a_root(self, mode: PagingMode) -> None:
+        """What the proof of concept of XSA-296 starts: it can be, and ends its domain as soon as it runs."""
+        bench = Bench(mode)
+        top = bench.table(TABLES + 1, {})
+        mfn = bench.table(TABLES, {3: mode.entry(top, 1)}) if mode is PAE else top
+        context = VcpuGuestContext(flags=4)
+        context.ctrlreg[3] = bench.cr3(mfn)
+        assert bench.initialise(context) == 0
+        assert bench.xen.frames.uses[mfn] == 1
+        assert bench.op(VcpuOp.UP) == 0
+        bench.xen.run(6_000)
+        assert "ended: vCPU 1, exception 13" in bench.domain.report
         bench.end()
 
     def test_given_up_in_the_middle(self, mode: PagingMode, monkeypatch: pytest.MonkeyPatch) -> None:

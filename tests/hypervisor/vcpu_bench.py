@@ -43,6 +43,16 @@ nmi:    inc dword ptr [nmis + edi * 4]
 through_fs: mov eax, fs:[0]
         mov [counts + edi * 4], eax
 again:  jmp again
+look:   mov eax, [ebx]
+        mov [counts + edi * 4], eax
+        jmp look
+swap:   mov [ebx], ecx
+        xchg ecx, edx
+        jmp swap
+system: mov eax, esp
+        and eax, -4096
+        inc dword ptr [eax]
+        jmp hypercall_page + 32 * __HYPERVISOR_iret
         .align 4
 reason: .long SHUTDOWN_reboot
 seen:   .long 0, 0
