@@ -196,6 +196,12 @@ class Vcpu:
         """Whether it has page tables to run on, and so everything else (`guest_context`)."""
         return self.state.cr3 != 0
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it waits for an event, be it paused or down besides."""
+        kept = self.run_state in (RunState.PAUSED, RunState.DOWN)
+        return (self.paused_from if kept else self.run_state) is RunState.BLOCKED
+
     def fetch_fault(self, now: int) -> int:
         """Note a fault at an address; how many there were with no instruction begun in between."""
         time, count = self.fetch_faults

@@ -53,7 +53,7 @@ class SegmentRegisters:
 
     def reload(self, domain: Domain) -> None:
         """Descriptors of ``domain`` have changed."""
-        for vcpu in domain.vcpus:
+        for vcpu in (vcpu for vcpu in domain.vcpus if vcpu.initialised):
             for name, selector in zip(SEGMENTS, vcpu.state.selectors(), strict=True):
                 if selector >= 4 and selector not in vcpu.flat_data and selector not in vcpu.flat_code:
                     self._load(vcpu, name, selector)
