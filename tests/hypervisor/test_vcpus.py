@@ -271,6 +271,20 @@ class TestStart:
         assert (vcpu.io.level, vcpu.watched) == (3, False)
         assert vcpu.state.eflags & 0x2_7200 == 0x200  # neither IOPL, nor NT, nor virtual-8086 mode
 
+    def test_breakpoints(self, mode: PagingMode, portable: bool) -> None:
+        bench = Bench(mode, portable=portable)
+        context = bench.handlers(bench.context())
+        context.trap_ctxt[1].cs, context.trap_ctxt[1].address = FLAT_RING1_CS, bench.label("handler")
+        # On the second instruction of `work`, behind the seven bytes of the first.
+        context.debugreg[0], context.debugreg[7] = bench.label("work") + 7, 0x401
+        assert bench.initialise(context) == 0
+        assert bench.op(VcpuOp.UP) == 0
+        bench.xen.run(4_500)
+        assert (bench.at("seen"), bench.at("counts", 1)) == (bench.label("work") + 7, 1)
+        assert bench.domain.vcpus[1].control["dr6"] & 0xF == 1
+        assert (bench.vcpu.watched, bench.vcpu.control["dr7"]) == (False, 0x400)
+        assert bench.at("counts") > 1_000
+
     def test_selectors_of_ring_0_are_moved(self, bench: Bench) -> None:
         context = bench.context(cs=FLAT_RING1_CS & ~3, ss=FLAT_RING1_DS & ~3, kernel_ss=FLAT_RING1_DS & ~3)
         context.trap_ctxt[6].cs, context.trap_ctxt[6].address = FLAT_RING1_CS & ~3, 0x1000
@@ -447,6 +461,16 @@ class TestSegments:
         assert shown == [[], [bench.frames[FREE_PFN + 1]], [bench.frames[FREE_PFN + 2]]]
         tables.forget_ldt(bench.domain.vcpus[1])
         assert tables.ldt_frames(bench.domain.vcpus[2])
+        bench.end()
+
+    def test_a_look_into_a_local_table_that_is_not_there(self, mode: PagingMode, portable: bool) -> None:
+        """It is a page fault at the guest's own address, by whichever window the CPU looked."""
+        bench = Bench(mode, 3, portable=portable)
+        vcpu = bench.start("load", 2, ecx=LOCAL_SELECTOR, ldt_base=0x1000_0000, ldt_ents=512)
+        bench.xen.run(8_000)
+        assert bench.at("seen", 1) == 13
+        assert vcpu.control["cr2"] == bench.xen.memory.words[vcpu.info + 8 >> 2] == 0x1000_0010
+        assert bench.vcpu.control["cr2"] == 0
         bench.end()
 
     def test_a_local_table_may_be_anywhere_and_is_then_of_no_use(self, mode: PagingMode) -> None:

@@ -43,6 +43,8 @@ nmi:    inc dword ptr [nmis + edi * 4]
 through_fs: mov eax, fs:[0]
         mov [counts + edi * 4], eax
 again:  jmp again
+load:   mov fs, ecx
+        jmp load
 look:   mov eax, [ebx]
         mov [counts + edi * 4], eax
         jmp look
