@@ -35,6 +35,7 @@ from xenlab.hypervisor.domain import RunState
 from xenlab.hypervisor.frames import PINNED, FrameType
 from xenlab.hypervisor.inputs import Typed
 from xenlab.hypervisor.layout import GDT_LIMIT, gdt_base, segments_end
+from xenlab.hypervisor.lifecycle import new_domain
 from xenlab.hypervisor.preemption import TABLE_COST, Allowance
 from xenlab.hypervisor.schedulers import Bvt, Credit, RoundRobin
 from xenlab.hypervisor.trace import Trace
@@ -133,6 +134,21 @@ class TestBuild:
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         # A domain that is built afterwards has the first window again.
         assert Bench(mode, 1, xen=bench.xen).vcpu.state.gdt == (gdt_base(0), GDT_LIMIT)
+
+    @pytest.mark.parametrize("vcpus", [1, 2, 32])
+    def test_the_auditor_knows_all_windows(self, mode: PagingMode, vcpus: int) -> None:
+        """Also before there is a vCPU; and an entry too many in the window of the last one is seen."""
+        xen = Hypervisor(Machine(4))
+        domain = new_domain(xen, "new", mode, 20, vcpus=vcpus)
+        assert auditor.audit(xen) == []
+        for address in (gdt_base(vcpus - 1) + 4096, gdt_base(vcpus) - 4096):
+            table, index = place_of(mode, domain.own_tables, address)
+            before = mode.read(xen.memory, table << 12, index)
+            mode.write(xen.memory, table << 12, index, mode.entry(domain.frames[0], 0x63))
+            (violation,) = auditor.audit(xen)
+            assert violation.invariant is auditor.Invariant.RANGE
+            assert f"entry {index} of the hypervisor's table {table:#x}" in violation.where
+            mode.write(xen.memory, table << 12, index, before)
 
     def test_all_but_the_first_are_down(self, bench: Bench) -> None:
         first, second = bench.domain.vcpus

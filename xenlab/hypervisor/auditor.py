@@ -22,9 +22,11 @@ from xenlab.hypervisor.frames import EMPTY_FRAME, FREE, ORPHAN, OWNED, PINNED, T
 from xenlab.hypervisor.layout import (
     GDT_BASE,
     GDT_PAGES,
+    LDT_BASE,
     LDT_PAGES,
     TSS_BASE,
     first_reserved_slot,
+    gdt_base,
     segments_end,
 )
 from xenlab.hypervisor.page_entries import Use, flags_are_ordinary
@@ -264,12 +266,12 @@ class _Audit:
         def place(address: int) -> int:
             return (address - GDT_BASE) // PAGE_SIZE
 
-        for vcpu in domain.vcpus:
-            first, local = place(vcpu.gdt_base), place(vcpu.ldt_base)
+        for number, base in enumerate(map(gdt_base, range(domain.max_vcpus))):
+            first, local = place(base), place(base + LDT_BASE - GDT_BASE)
             expected[first : first + GDT_PAGES] = read_only_entry(mode, EMPTY_FRAME)
             reserved = read_only_entry(mode, self.xen.shared_pages.descriptors(mode))
             expected[first + FIRST_RESERVED_GDT_PAGE] = reserved
-            shown = list(enumerate(vcpu.gdt, first))
+            shown = [pair for vcpu in domain.vcpus[number : number + 1] for pair in enumerate(vcpu.gdt, first)]
             ldt = range(local, local + LDT_PAGES)
             shown += [(index, mode.frame_of(int(found[index]))) for index in ldt if found[index] & PRESENT]
             for index, mfn in shown:

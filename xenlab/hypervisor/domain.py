@@ -275,7 +275,8 @@ class Domain:
         latches: what it last wrote to ports 0x70 and 0xcf8.
         shutdown_code: why it will have ended, if it has said so before (`SchedOp.SHUTDOWN_CODE`).
         watchdogs: which of its watchdogs are set: a set of bits.
-        vcpus: its virtual CPUs, by number.
+        max_vcpus: how many virtual CPUs it was made for.
+        vcpus: those that it has, by number.
         ports: its event channels that are in use, by port.
         console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
         console_lost: how many bytes it wrote before those.
@@ -296,6 +297,7 @@ class Domain:
     pages: int
     most_pages: int
     least_pages: int = 0
+    max_vcpus: int = 1
     store_mfn: int = 0
     writable_tables: bool = False
     privileged: bool = False

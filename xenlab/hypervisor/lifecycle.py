@@ -54,7 +54,9 @@ def new_domain(
     shared_info, *own_tables = xen.frames.allocate(1 + len(descriptor_slots(mode, vcpus)), XEN)
     xen.shared_pages.fill_own_tables(mode, own_tables, vcpus)
     slots = xen.shared_pages.slots(mode, own_tables, vcpus)
-    domain = Domain(domid, name, mode, [], own_tables, shared_info, slots, 0, pages, privileged=privileged)
+    domain = Domain(
+        domid, name, mode, [], own_tables, shared_info, slots, 0, pages, privileged=privileged, max_vcpus=vcpus
+    )
     xen.domains[domid] = domain
     xen.reservations.adopt(domain, shared_info)
     xen.clocks.show_wall_clock(domain)
@@ -96,11 +98,11 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
     xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
 
 
-def add_others(xen: Hypervisor, domain: Domain, vcpus: int) -> None:
-    """Let ``domain`` have so many vCPUs in all.  The others are down, with no page tables to run on: what they run is
-    up to the first one (`guest_context`)."""
+def add_others(xen: Hypervisor, domain: Domain) -> None:
+    """Let ``domain`` have all vCPUs that it was made for.  The others are down, with no page tables to run on: what
+    they run is up to the first one (`guest_context`)."""
     try:
-        for number in range(len(domain.vcpus), vcpus):
+        for number in range(len(domain.vcpus), domain.max_vcpus):
             # That of all states made from now on, so of this one.
             xen.cpu.set_gdt(gdt_base(number), GDT_LIMIT)
             key = domain.domid * VCPUS_PER_DOMAIN + number

@@ -92,7 +92,7 @@ def build(
     builder.mask_events()
     cr3 = builder.write_page_tables()
     add_vcpu(hypervisor, builder.first_vcpu(cr3))
-    add_others(hypervisor, domain, max_vcpus)
+    add_others(hypervisor, domain)
     return domain
 
 
