@@ -20,6 +20,8 @@ SIZES = {
     "VcpuTimeInfo": 32,
     "TrapInfo": 8,
     "MulticallEntry": 32,
+    "UserRegisters": 68,
+    "VcpuGuestContext": 2800,
 }
 OFFSETS = {
     ("StartInfo", "nr_pages"): 32,
@@ -45,6 +47,8 @@ OFFSETS = {
     ("TrapInfo", "cs"): 2,
     ("TrapInfo", "address"): 4,
     ("MulticallEntry", "args"): 8,
+    ("VcpuGuestContext", "user_regs"): 516,
+    ("VcpuGuestContext", "ctrlreg"): 2716,
 }
 
 
@@ -89,6 +93,8 @@ C_NAMES = {
     "VcpuTimeInfo": "struct vcpu_time_info",
     "TrapInfo": "struct trap_info",
     "MulticallEntry": "struct multicall_entry",
+    "UserRegisters": "struct cpu_user_regs",
+    "VcpuGuestContext": "struct vcpu_guest_context",
 }
 # Our name of a field: that of the C structure, where it is spelt another way there.
 C_FIELDS = {
@@ -104,7 +110,7 @@ C_FIELDS = {
     ("SharedInfo", "p2m_generation"): "arch.p2m_generation",
     ("SharedInfo", "wc_sec_hi"): "arch.wc_sec_hi",
 }
-PADDING = {"pad", "pad0", "pad1"}
+PADDING = {"pad", "pad0", "pad1", "pad2", "pad3", "pad4", "pad5"}
 
 
 def spelt(command: numbers.PhysdevOp) -> str:
@@ -129,6 +135,7 @@ def expectations() -> dict[str, int]:
     expected |= {f"XEN_{errno.name}": errno for errno in numbers.Errno if errno != numbers.Errno.ERESTART}
     expected |= {f"MMUEXT_{command.name}": command for command in numbers.MmuextOp}
     expected |= {f"UVMF_{flag.name}": flag for flag in numbers.UvmFlags}
+    expected |= {f"VGCF_{str(flag.name).lower()}": flag for flag in numbers.VcpuFlags}
     expected |= {f"XENMEM_{command.name.lower()}": command for command in numbers.MemoryOp}
     expected |= {f"VMASST_CMD_{command.name.lower()}": command for command in numbers.VmAssist}
     expected |= {name: getattr(numbers, name) for name in ("DOMID_SELF", "DOMID_IO", "DOMID_XEN")}

@@ -101,6 +101,32 @@ def test_budget_is_4_and_exact(xenlab: Run, elf: Elf) -> None:
     assert "at instruction 123,457 " in result.stderr
 
 
+# Ends with the reason that says whether vCPU 2 exists: poweroff if so, else a crash.
+THREE_VCPUS = """
+    mov ebx, 3
+    mov ecx, 2
+    mov eax, __HYPERVISOR_vcpu_op
+    int 0x82
+    test eax, eax
+    jz there
+    ud2
+there:
+""" + SHUTDOWN.format("poweroff")
+
+
+def test_vcpus(xenlab: Run, elf: Elf) -> None:
+    assert xenlab("boot", elf(THREE_VCPUS), "--vcpus", 3).exit_code == 0
+    assert xenlab("boot", elf(THREE_VCPUS), "--vcpus", 2).exit_code == 3
+    assert xenlab("boot", elf(THREE_VCPUS)).exit_code == 3
+    result = xenlab("boot", elf(SPIN), "--vcpus", 2, "--max-instructions", 1000)
+    assert result.exit_code == 4
+    assert "at instruction 1,000, vCPU 0, is runnable, ring 1" in result.stderr
+    for wrong in (0, 33):
+        result = xenlab("boot", elf(SPIN), "--vcpus", wrong)
+        assert result.exit_code == 2
+        assert "from 1 to 32 vCPUs" in result.stderr
+
+
 def test_sleep_without_input_is_4_and_said(start: Start, elf: Elf) -> None:
     process = start("boot", elf(ECHO.format(end="") + WRITE))
     status, out, err = ended(process)

@@ -35,9 +35,13 @@ class Guest:
         continued: how often its last call had to be made again.
     """
 
-    def __init__(self, xen: Hypervisor, mode: PagingMode, memory_mib: int, privileged: bool) -> None:
+    def __init__(
+        self, xen: Hypervisor, mode: PagingMode, memory_mib: int, privileged: bool, source: str = IDLE, vcpus: int = 1
+    ) -> None:
         self.xen, self.mode = xen, mode
-        self.domain: Domain = boot(xen, IDLE, mode=mode, memory_mib=memory_mib, privileged=privileged)
+        self.domain: Domain = boot(
+            xen, source, mode=mode, memory_mib=memory_mib, privileged=privileged, max_vcpus=vcpus
+        )
         self.vcpu = self.domain.vcpus[0]
         self.frames = self.domain.frames
         self.continued = 0

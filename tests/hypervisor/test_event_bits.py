@@ -15,6 +15,7 @@ from xenlab.hypervisor.core import Stop
 from xenlab.hypervisor.domain import Domain, Port, RunState
 from xenlab.hypervisor.event_bits import Bits, EventBits, XenBits, bits_of
 from xenlab.hypervisor.events import AT_MASK, AT_PENDING, AT_SELECTOR, AT_UPCALL, THROUGH
+from xenlab.hypervisor.lifecycle import bring_up
 from xenlab.hypervisor.schedulers import RoundRobin
 from xenlab.hypervisor.trace import Kind, Trace
 from xenlab.timeline import Timeline
@@ -46,6 +47,24 @@ ALL_BITS = [
 @pytest.fixture(scope="module")
 def pair() -> tuple[Hypervisor, Hypervisor]:
     return two(None), two(XenBits())
+
+
+@pytest.mark.parametrize("part", [None, XenBits()], ids=["ours", "part"])
+@pytest.mark.parametrize("state", [RunState.PAUSED, RunState.DOWN])
+def test_an_event_for_a_sleeper_that_may_not_run(part: EventBits | None, state: RunState) -> None:
+    """It does not run for that, but it does not sleep on either when it may."""
+    xen = two(part)
+    domain, vcpu = xen.domains[0], xen.domains[0].vcpus[0]
+    xen.memory.bytes[vcpu.info + 1] = 0
+    xen.block(vcpu)
+    vcpu.run_state, vcpu.paused_from = state, RunState.BLOCKED
+    xen.events.send(xen.domains[1], 1)
+    assert (vcpu.run_state, vcpu.paused_from) == (state, RunState.RUNNABLE)
+    if state is RunState.DOWN:
+        bring_up(xen, vcpu)
+    else:
+        xen.unpause(domain)
+    assert vcpu.run_state is RunState.RUNNABLE
 
 
 class TestOursInTheSlot:

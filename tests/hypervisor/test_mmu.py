@@ -214,7 +214,11 @@ class TestUpdateVaMapping:
         assert guest.map(A, guest.entry(B)) == 0
         assert guest.map(A, guest.entry(B), UvmFlags.INVLPG | UvmFlags.ALL) == 0
         assert guest.map(A, guest.entry(B), UvmFlags.TLB_FLUSH) == 0
+        guest.write(REQUESTS, (0b1).to_bytes(4, "little"))
         assert guest.map(A, guest.entry(B), UvmFlags.TLB_FLUSH | REQUESTS) == 0
+        guest.write(REQUESTS, (0b110).to_bytes(4, "little"))  # sets of vCPUs without the one that asks
+        assert guest.map(A, guest.entry(B), UvmFlags.TLB_FLUSH | REQUESTS) == 0
+        assert guest.map(A, guest.entry(B), UvmFlags.INVLPG | REQUESTS) == 0
         changed = {name: counts[name] - before[name] for name in counts if counts[name] != before[name]}
         assert changed == {"page": 1, "asked": 2}
 

@@ -161,6 +161,16 @@ class VcpuOp(IntEnum):
 VCPU_SSHOTTMR_FUTURE = 1
 
 
+class VcpuFlags(IntFlag):
+    """What a ``vcpu_guest_context`` says of itself: VGCF_* (arch-x86/xen.h)."""
+
+    I387_VALID = 1 << 0
+    IN_KERNEL = 1 << 2
+    FAILSAFE_DISABLES_EVENTS = 1 << 3
+    SYSCALL_DISABLES_EVENTS = 1 << 4
+    ONLINE = 1 << 5
+
+
 class Runstate(IntEnum):
     """``vcpu_runstate_info.state`` (vcpu.h)."""
 

@@ -154,3 +154,57 @@ class MulticallEntry(ctypes.LittleEndianStructure):
     _pack_ = 1
     _layout_ = "ms"
     _fields_ = (("op", c_uint32), ("result", c_uint32), ("args", c_uint32 * 6))
+
+
+class UserRegisters(ctypes.LittleEndianStructure):
+    """``cpu_user_regs`` (arch-x86/xen-x86_32.h): of the selectors only the lower half counts."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        *((name, c_uint32) for name in ("ebx", "ecx", "edx", "esi", "edi", "ebp", "eax")),
+        ("error_code", c_uint16),
+        ("entry_vector", c_uint16),
+        ("eip", c_uint32),
+        ("cs", c_uint16),
+        ("saved_upcall_mask", c_uint8),
+        ("pad0", c_uint8),
+        ("eflags", c_uint32),
+        ("esp", c_uint32),
+        ("ss", c_uint16),
+        ("pad1", c_uint16),
+        ("es", c_uint16),
+        ("pad2", c_uint16),
+        ("ds", c_uint16),
+        ("pad3", c_uint16),
+        ("fs", c_uint16),
+        ("pad4", c_uint16),
+        ("gs", c_uint16),
+        ("pad5", c_uint16),
+    )
+
+
+class VcpuGuestContext(ctypes.LittleEndianStructure):
+    """``vcpu_guest_context`` (arch-x86/xen.h): all that a virtual CPU begins with; ``flags`` is of `VcpuFlags`."""
+
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (
+        ("fpu_ctxt", c_uint8 * 512),
+        ("flags", c_uint32),
+        ("user_regs", UserRegisters),
+        ("trap_ctxt", TrapInfo * 256),
+        ("ldt_base", c_uint32),
+        ("ldt_ents", c_uint32),
+        ("gdt_frames", c_uint32 * 16),
+        ("gdt_ents", c_uint32),
+        ("kernel_ss", c_uint32),
+        ("kernel_sp", c_uint32),
+        ("ctrlreg", c_uint32 * 8),
+        ("debugreg", c_uint32 * 8),
+        ("event_callback_cs", c_uint32),
+        ("event_callback_eip", c_uint32),
+        ("failsafe_callback_cs", c_uint32),
+        ("failsafe_callback_eip", c_uint32),
+        ("vm_assist", c_uint32),
+    )

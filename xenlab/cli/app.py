@@ -78,6 +78,7 @@ def boot(
     ] = None,
     cmdline: Annotated[str, typer.Option(metavar="S", help="The guest's command line.")] = "",
     privileged: Annotated[bool, typer.Option("--privileged", help="Boot it as the initial domain.")] = False,
+    vcpus: Annotated[int, typer.Option(metavar="N", help="How many virtual CPUs its kernel may start.")] = 1,
 ) -> None:
     """Boot a guest with this terminal as its console.
 
@@ -87,7 +88,7 @@ def boot(
     from xenlab.cli.boot import Order, Session
     from xenlab.cli.keyboard import standard_input
 
-    order = Order(image, memory, max_instructions, cmdline, privileged)
+    order = Order(image, memory, max_instructions, cmdline, privileged, vcpus)
     raise typer.Exit(int(Session(order, standard_input(), sys.stdout.buffer, _note).run()))
 
 

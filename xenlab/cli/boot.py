@@ -24,7 +24,7 @@ from xenlab.abi.numbers import Shutdown
 from xenlab.cli.keyboard import Keyboard
 from xenlab.errors import ImageError
 from xenlab.hypervisor.core import Hypervisor, Stop
-from xenlab.hypervisor.domain import Domain
+from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.machine.machine import Machine
 from xenlab.toolstack import Image, boot, image_from_source, load_image
 from xenlab.toolstack.console import ConsoleDaemon
@@ -56,6 +56,7 @@ class Order:
         budget: instructions after which it is given up; None for no limit.
         command_line: what the guest finds in ``start_info``.
         privileged: boot it as the initial domain.
+        vcpus: how many virtual CPUs its kernel may start, the first included.
     """
 
     image: Path
@@ -63,6 +64,7 @@ class Order:
     budget: int | None
     command_line: str
     privileged: bool
+    vcpus: int = 1
 
 
 class Session:
@@ -90,6 +92,7 @@ class Session:
             memory_mib=order.memory_mib,
             command_line=order.command_line,
             privileged=order.privileged,
+            max_vcpus=order.vcpus,
         )
         self._console = ConsoleDaemon(self._xen, self._guest)
         self._shown = 0
@@ -170,12 +173,20 @@ class Session:
         return Exit.UNFINISHED
 
     def _where(self) -> str:
-        guest, vcpu = self._guest, self._guest.vcpus[0]
-        state = vcpu.state
-        return (
-            f"domain {guest.domid} ({guest.name}) at instruction {self._xen.now:,} is {vcpu.run_state.name.lower()}, "
-            f"ring {state.cpl}, eip {state.eip:#010x}, esp {state.esp:#010x}, eax {state.eax:#010x}"
-        )
+        guest = self._guest
+        begun = [vcpu for vcpu in guest.vcpus if vcpu.initialised]
+        head = f"domain {guest.domid} ({guest.name}) at instruction {self._xen.now:,}"
+        return "\n".join(f"{head}{_which(vcpu)} is {_place(vcpu)}" for vcpu in begun)
+
+
+def _which(vcpu: Vcpu) -> str:
+    return f", vCPU {vcpu.number}," if len(vcpu.domain.vcpus) > 1 else ""
+
+
+def _place(vcpu: Vcpu) -> str:
+    state = vcpu.state
+    registers = f"eip {state.eip:#010x}, esp {state.esp:#010x}, eax {state.eax:#010x}"
+    return f"{vcpu.run_state.name.lower()}, ring {state.cpl}, {registers}"
 
 
 def _load(path: Path) -> Image:

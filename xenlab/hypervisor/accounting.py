@@ -164,4 +164,5 @@ _NOT_RUNNING = {
     "BLOCKED": Runstate.BLOCKED,
     "PAUSED": Runstate.OFFLINE,
     "ENDED": Runstate.OFFLINE,
+    "DOWN": Runstate.OFFLINE,
 }

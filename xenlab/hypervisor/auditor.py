@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from xenlab.abi.numbers import FIRST_RESERVED_GDT_PAGE
 from xenlab.errors import HypercallError, InvariantError
 from xenlab.hypervisor.descriptor_tables import checked_descriptor, read_only_entry
 from xenlab.hypervisor.domain import Domain
@@ -23,9 +24,9 @@ from xenlab.hypervisor.layout import (
     GDT_PAGES,
     LDT_BASE,
     LDT_PAGES,
-    RESERVED_GDT_BASE,
     TSS_BASE,
     first_reserved_slot,
+    gdt_base,
     segments_end,
 )
 from xenlab.hypervisor.page_entries import Use, flags_are_ordinary
@@ -138,12 +139,13 @@ class _Audit:
             if self.owners[mfn] == domain.domid:
                 self._table(domain, tree, mfn, self.frames.type[mfn], "an interrupted check")
         self._all_leaves(domain, tree)
-        self._own_table(domain)
+        self._own_tables(domain)
 
     def _roots(self, domain: Domain, mine: list[int]) -> Iterator[tuple[int, int, str]]:
         use = root_use(domain.mode)
         for vcpu in domain.vcpus:
-            yield vcpu.state.cr3 >> PAGE_SHIFT, use, "a base pointer"
+            if vcpu.initialised:
+                yield vcpu.state.cr3 >> PAGE_SHIFT, use, "a base pointer"
             if vcpu.user_base:
                 yield vcpu.user_base, use, "a base pointer for applications"
         for mfn in mine:
@@ -253,26 +255,32 @@ class _Audit:
             whose = self.frames.describe(mfn) if mfn < self.frames.count else "no such frame"
             self.complain(Invariant.OWNERSHIP, f"{where} ({whose})")
 
-    def _own_table(self, domain: Domain) -> None:
-        """The table of the hypervisor's through which the CPU finds the domain's descriptors."""
+    def _own_tables(self, domain: Domain) -> None:
+        """The tables of the hypervisor's through which the CPU finds the descriptors of the domain's vCPUs."""
         import numpy as np
 
-        mode, (own,) = domain.mode, domain.own_tables
-        entries = self.xen.page_tables.entries(mode, own)
-        expected = np.zeros_like(entries)
-        place = mode.levels[-1].index
-        expected[place(GDT_BASE) : place(GDT_BASE) + GDT_PAGES] = read_only_entry(mode, EMPTY_FRAME)
+        mode, own = domain.mode, domain.own_tables
+        found = np.concatenate([self.xen.page_tables.entries(mode, mfn) for mfn in own])
+        expected, leaf = np.zeros_like(found), mode.levels[-1].entries
+
+        def place(address: int) -> int:
+            return (address - GDT_BASE) // PAGE_SIZE
+
+        for number, base in enumerate(map(gdt_base, range(domain.max_vcpus))):
+            first, local = place(base), place(base + LDT_BASE - GDT_BASE)
+            expected[first : first + GDT_PAGES] = read_only_entry(mode, EMPTY_FRAME)
+            reserved = read_only_entry(mode, self.xen.shared_pages.descriptors(mode))
+            expected[first + FIRST_RESERVED_GDT_PAGE] = reserved
+            shown = [pair for vcpu in domain.vcpus[number : number + 1] for pair in enumerate(vcpu.gdt, first)]
+            ldt = range(local, local + LDT_PAGES)
+            shown += [(index, mode.frame_of(int(found[index]))) for index in ldt if found[index] & PRESENT]
+            for index, mfn in shown:
+                expected[index] = read_only_entry(mode, mfn)
+                self._descriptors(domain, mfn)
         expected[place(TSS_BASE)] = read_only_entry(mode, TSS_FRAME)
-        expected[place(RESERVED_GDT_BASE)] = read_only_entry(mode, self.xen.shared_pages.descriptors(mode))
-        shown = [(place(GDT_BASE) + page, mfn) for vcpu in domain.vcpus for page, mfn in enumerate(vcpu.gdt)]
-        ldt = range(place(LDT_BASE), place(LDT_BASE) + LDT_PAGES)
-        shown += [(index, mode.frame_of(int(entries[index]))) for index in ldt if entries[index] & PRESENT]
-        for index, mfn in shown:
-            expected[index] = read_only_entry(mode, mfn)
-            self._descriptors(domain, mfn)
-        for index in np.flatnonzero(entries != expected).tolist():
-            where = f"entry {index} of the hypervisor's table {own:#x} is {int(entries[index]):#x}"
-            self.complain(Invariant.RANGE, where)
+        for index in np.flatnonzero(found != expected).tolist():
+            table, value = own[index // leaf], int(found[index])
+            self.complain(Invariant.RANGE, f"entry {index % leaf} of the hypervisor's table {table:#x} is {value:#x}")
 
     def _descriptors(self, domain: Domain, mfn: int) -> None:
         if not self._use(domain, mfn, Use.DESCRIPTORS, "a descriptor table"):

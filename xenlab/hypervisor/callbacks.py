@@ -41,8 +41,8 @@ class Callbacks:
 
     def set_callbacks(self, vcpu: Vcpu, event_cs: int, event_eip: int, cs: int = 0, eip: int = 0, *_: int) -> int:
         """Register the event callback, and one for a vCPU whose segment registers cannot be loaded any more."""
-        vcpu.event_callback = _callback(event_cs, event_eip)
-        vcpu.failsafe_callback = _failsafe(cs, eip, 0)
+        vcpu.event_callback = callback(event_cs, event_eip)
+        vcpu.failsafe_callback = failsafe(cs, eip, False)
         return 0
 
     def callback_op(self, vcpu: Vcpu, command: int, address: int, *_: int) -> int:
@@ -78,18 +78,20 @@ def _known(word: int) -> CallbackType:
 
 def _register(vcpu: Vcpu, kind: CallbackType, cs: int, eip: int, flags: int = 0) -> int:
     if kind == CallbackType.EVENT:
-        vcpu.event_callback = _callback(cs, eip)
+        vcpu.event_callback = callback(cs, eip)
     elif kind == CallbackType.FAILSAFE:
-        vcpu.failsafe_callback = _failsafe(cs, eip, flags)
+        vcpu.failsafe_callback = failsafe(cs, eip, bool(flags & _MASKS_EVENTS))
     elif kind == CallbackType.NMI:
         # Whatever segment was named; at address 0 there is no handler.
-        vcpu.traps[NMI] = _callback(FLAT_RING1_CS, eip) if eip else None
+        vcpu.traps[NMI] = callback(FLAT_RING1_CS, eip) if eip else None
     return 0
 
 
-def _callback(cs: int, eip: int) -> Gate:
+def callback(cs: int, eip: int) -> Gate:
+    """Where events are taken, or NMIs."""
     return Gate(checked_selector(cs & 0xFFFF), eip, 0, True)
 
 
-def _failsafe(cs: int, eip: int, flags: int) -> Gate | None:
-    return Gate(checked_selector(cs & 0xFFFF), eip, 0, bool(flags & _MASKS_EVENTS)) if eip else None
+def failsafe(cs: int, eip: int, masks_events: bool) -> Gate | None:
+    """Where a return goes that failed; at address 0 there is no such callback."""
+    return Gate(checked_selector(cs & 0xFFFF), eip, 0, masks_events) if eip else None

@@ -65,8 +65,8 @@ class Clocks:
         self._xen, self._memory = xen, xen.memory
         self.wall_clock = (WALL_CLOCK_AT_START, 0)
 
-    def refresh(self, vcpu: Vcpu) -> None:
-        """Write the time record of ``vcpu`` anew."""
+    def refresh(self, vcpu: Vcpu, asking: Vcpu | None = None) -> None:
+        """Write the time record of ``vcpu`` anew, and its copy through the page tables of the vCPU that asks."""
         now = self._xen.now
         vcpu.record_due = now + RECORD_AGE
         at = vcpu.info + _RECORD
@@ -74,7 +74,7 @@ class Clocks:
         record = bytes(VcpuTimeInfo(version, 0, now, to_ns(now) & _MASK, TSC_MULTIPLIER, TSC_SHIFT))
         self._memory.write(at, record)
         if vcpu.time_area:
-            self._xen.vcpu_ops.copy_out(vcpu, vcpu.time_area, record)
+            self._xen.vcpu_ops.copy_out(asking or vcpu, vcpu.time_area, record)
 
     def show_wall_clock(self, domain: Domain) -> None:
         """Write the wall-clock record of ``domain``."""

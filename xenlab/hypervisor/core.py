@@ -63,7 +63,7 @@ from xenlab.machine.memory import PAGE_SHIFT
 _U32 = 0xFFFF_FFFF
 # Enum members as plain numbers: looking one up on its class costs more than recording it.
 _HYPERCALL, _RETURN, _SWITCH, _FLUSH = (int(kind) for kind in (Kind.HYPERCALL, Kind.RETURN, Kind.SWITCH, Kind.FLUSH))
-_RUNNABLE, _BLOCKED, _PAUSED = RunState.RUNNABLE, RunState.BLOCKED, RunState.PAUSED
+_RUNNABLE, _BLOCKED = RunState.RUNNABLE, RunState.BLOCKED
 
 
 class Hypervisor:
@@ -271,10 +271,10 @@ class Hypervisor:
         self.sleep(vcpu, _BLOCKED)
 
     def wake(self, vcpu: Vcpu) -> None:
-        """Make a blocked vCPU runnable; a paused one stays paused but will not sleep on."""
+        """Make a blocked vCPU runnable; one that is paused or down stays so but will not sleep on."""
         if vcpu.run_state is _BLOCKED:
             self.make_runnable(vcpu)
-        elif vcpu.run_state is _PAUSED:
+        else:
             vcpu.paused_from = _RUNNABLE
 
     def pause(self, domain: Domain) -> None:

@@ -6,7 +6,8 @@ it becomes one, the guest can only read it, and changes go through `update_descr
 
 A guest hands over whole frames for its GDT, at most 14; behind them come two pages of the hypervisor's, with the
 flat segments that every guest may use.  An LDT is named by its linear address, and its pages are taken one by
-one when the CPU first looks for a descriptor in them.
+one when the CPU first looks for a descriptor in them.  Both belong to a vCPU, and stand in a window of its own
+(`layout`): two vCPUs that name the same frames hold each one twice, and what one puts aside the other keeps.
 
 What is checked is what Xen checks: a descriptor that is not present may be anything.  One for ring 0 is moved
 to ring 1, where the guest's kernel runs.  A segment is cut off where the hypervisor begins.  A call
@@ -21,6 +22,7 @@ jump, and the guest is the hypervisor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xenlab.abi.numbers import Errno, Hypercall
@@ -28,7 +30,7 @@ from xenlab.errors import HypercallError
 from xenlab.hypervisor.descriptors import checked_selector, gate_may_name
 from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.frames import EMPTY_FRAME
-from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, LDT_PAGES, segments_end, start_of
+from xenlab.hypervisor.layout import GDT_BASE, LDT_PAGES, segments_end, start_of
 from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.tlb import DESCRIPTORS
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 GUEST_GDT_PAGES = 14
 _PER_PAGE = PAGE_SIZE // DESCRIPTOR_SIZE
 MOST_GDT_ENTRIES = GUEST_GDT_PAGES * _PER_PAGE
-_MOST_LDT_ENTRIES = LDT_PAGES * _PER_PAGE
+MOST_LDT_ENTRIES = LDT_PAGES * _PER_PAGE
 _EXPAND_DOWN = 0x4
 _CALL_GATE = 0xC
 _GATE_RESERVED = 0xE0 << 32
@@ -128,38 +130,49 @@ class DescriptorTables:
         count = -(-entries // _PER_PAGE)
         data = self._guest.read(vcpu, address, 4 * count)
         frames = tuple(int.from_bytes(data[at : at + 4], "little") for at in range(0, 4 * count, 4))
-        taken: list[int] = []
-        try:
-            for mfn in frames:
-                self._take(vcpu.domain, mfn)
-                taken.append(mfn)
-        except HypercallError:
-            self._drop_all(vcpu.domain, taken)
-            raise
-        self._show_gdt(vcpu, frames)
-        self._drop_all(vcpu.domain, vcpu.gdt)
-        vcpu.gdt = frames
+        self.take_all(vcpu.domain, frames)
+        before = vcpu.gdt
+        self.install_gdt(vcpu, frames)
+        self.drop_all(vcpu.domain, before)
         self._xen.tlb.flush(DESCRIPTORS)
         self._xen.exceptions.segment_registers.reload(vcpu.domain)
         return 0
+
+    def take_all(self, domain: Domain, frames: Sequence[int]) -> None:
+        """Use all these frames as descriptors once more.  Raises HypercallError; none is used then."""
+        taken: list[int] = []
+        try:
+            for mfn in frames:
+                self._take(domain, mfn)
+                taken.append(mfn)
+        except HypercallError:
+            self.drop_all(domain, taken)
+            raise
+
+    def drop_all(self, domain: Domain, frames: Sequence[int]) -> None:
+        """Undo `take_all`."""
+        for mfn in frames:
+            self._xen.page_tables.drop(domain, mfn, Use.DESCRIPTORS)
+
+    def install_gdt(self, vcpu: Vcpu, frames: tuple[int, ...]) -> None:
+        """Let the CPU find these frames, which were taken, as descriptor table of ``vcpu``."""
+        self._show_gdt(vcpu, frames)
+        vcpu.gdt = frames
 
     def _take(self, domain: Domain, mfn: int) -> None:
         if self._frames.owner_of(mfn) != domain.domid:
             raise HypercallError(Errno.EINVAL)
         self._xen.page_tables.take(domain, mfn, Use.DESCRIPTORS)
 
-    def _drop_all(self, domain: Domain, frames: tuple[int, ...] | list[int]) -> None:
-        for mfn in frames:
-            self._xen.page_tables.drop(domain, mfn, Use.DESCRIPTORS)
-
     def _show_gdt(self, vcpu: Vcpu, frames: tuple[int, ...]) -> None:
         for page in range(GUEST_GDT_PAGES):
-            self._show(vcpu.domain, GDT_BASE + page * PAGE_SIZE, frames[page] if page < len(frames) else EMPTY_FRAME)
+            self._show(
+                vcpu.domain, vcpu.gdt_base + page * PAGE_SIZE, frames[page] if page < len(frames) else EMPTY_FRAME
+            )
 
     def _show(self, domain: Domain, address: int, mfn: int) -> None:
-        mode, (table,) = domain.mode, domain.own_tables
-        entry = read_only_entry(mode, mfn)
-        mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(address), entry)
+        mode, (table, index) = domain.mode, place_of(domain.mode, domain.own_tables, address)
+        mode.write(self._memory, table << PAGE_SHIFT, index, read_only_entry(mode, mfn))
 
     def update_descriptor(self, vcpu: Vcpu, low: int, high: int, first: int, second: int, *_: int) -> int:
         """Change one descriptor.
@@ -186,28 +199,34 @@ class DescriptorTables:
     def set_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
         """Use the descriptors at a linear address as LDT.  Raises HypercallError."""
         end = address + entries * DESCRIPTOR_SIZE
-        if address % PAGE_SIZE or entries > _MOST_LDT_ENTRIES or end > start_of(vcpu.domain.mode):
+        if address % PAGE_SIZE or entries > MOST_LDT_ENTRIES or end > start_of(vcpu.domain.mode):
             raise HypercallError(Errno.EINVAL)
         self.forget_ldt(vcpu)
-        vcpu.ldt = address, entries
-        vcpu.state.set_ldt(LDT_BASE if entries else 0, max(entries * DESCRIPTOR_SIZE - 1, 0))
+        self.install_ldt(vcpu, address, entries)
         self._xen.exceptions.segment_registers.reload(vcpu.domain)
+
+    def install_ldt(self, vcpu: Vcpu, address: int, entries: int) -> None:
+        """Let ``vcpu`` have so many local descriptors at a linear address that was checked."""
+        vcpu.ldt = address, entries
+        vcpu.state.set_ldt(vcpu.ldt_base if entries else 0, max(entries * DESCRIPTOR_SIZE - 1, 0))
 
     def forget_ldt(self, vcpu: Vcpu) -> None:
         """Drop the pages of the LDT that the CPU has asked for."""
-        frames = list(self.ldt_frames(vcpu.domain))
+        frames = self.ldt_frames(vcpu)
         if not frames:
             return
-        mode, (table,) = vcpu.domain.mode, vcpu.domain.own_tables
+        mode, (table, first) = vcpu.domain.mode, self._ldt_place(vcpu)
         for page in range(LDT_PAGES):
-            mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(LDT_BASE) + page, 0)
-        self._drop_all(vcpu.domain, frames)
+            mode.write(self._memory, table << PAGE_SHIFT, first + page, 0)
+        self.drop_all(vcpu.domain, frames)
         self._xen.tlb.flush(DESCRIPTORS)
 
-    def ldt_frames(self, domain: Domain) -> list[int]:
-        """The frames of descriptors that are shown to the CPU as LDT."""
-        mode, (table,) = domain.mode, domain.own_tables
-        first = mode.levels[-1].index(LDT_BASE)
+    def _ldt_place(self, vcpu: Vcpu) -> tuple[int, int]:
+        return place_of(vcpu.domain.mode, vcpu.domain.own_tables, vcpu.ldt_base)
+
+    def ldt_frames(self, vcpu: Vcpu) -> list[int]:
+        """The frames of descriptors that are shown to the CPU as LDT of ``vcpu``."""
+        mode, (table, first) = vcpu.domain.mode, self._ldt_place(vcpu)
         entries = (mode.read(self._memory, table << PAGE_SHIFT, first + page) for page in range(LDT_PAGES))
         return [mode.frame_of(entry) for entry in entries if entry & PRESENT]
 
@@ -216,11 +235,11 @@ class DescriptorTables:
 
         Not if the page is there already and the guest has tried to write to it or to execute it: it would for ever.
         """
-        offset = address - LDT_BASE
+        offset = address - vcpu.ldt_base
         base, entries = vcpu.ldt
         if error & (Fault.PROTECTION | Fault.USER) or not 0 <= offset < entries * DESCRIPTOR_SIZE:
             return False
-        at = base + (offset & ~(PAGE_SIZE - 1))
+        at = base + (offset & ~(PAGE_SIZE - 1)) & 0xFFFF_FFFF
         state = vcpu.state
         found = walk(self._memory, state.mode, state.cr3, at, update=False)
         if isinstance(found, PageFault):
@@ -237,8 +256,14 @@ class DescriptorTables:
         """Drop all tables of a vCPU that ends."""
         self.forget_ldt(vcpu)
         self._show_gdt(vcpu, ())
-        self._drop_all(vcpu.domain, vcpu.gdt)
+        self.drop_all(vcpu.domain, vcpu.gdt)
         vcpu.gdt, vcpu.ldt = (), (0, 0)
+
+
+def place_of(mode: PagingMode, own_tables: Sequence[int], address: int) -> tuple[int, int]:
+    """Where the entry of a domain's own tables stands that maps ``address``: a frame, and the index in it."""
+    leaf = mode.levels[-1]
+    return own_tables[(address - GDT_BASE) // (leaf.entries * PAGE_SIZE)], leaf.index(address)
 
 
 def read_only_entry(mode: PagingMode, mfn: int) -> int:
@@ -246,4 +271,4 @@ def read_only_entry(mode: PagingMode, mfn: int) -> int:
     return mode.entry(mfn, PRESENT | ACCESSED | (NX if mode.has_nx else 0))
 
 
-__all__ = ["DescriptorTables", "checked_descriptor", "read_only_entry"]
+__all__ = ["DescriptorTables", "checked_descriptor", "place_of", "read_only_entry"]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from xenlab.abi.numbers import FIRST_RESERVED_GDT_PAGE, FLAT_RING1_CS
 from xenlab.hypervisor.domain import Vcpu
-from xenlab.hypervisor.layout import LDT_BASE
 from xenlab.machine.gates import descriptor_of
 from xenlab.machine.memory import PAGE_SIZE, Memory
 from xenlab.machine.paging import PageFault, walk
@@ -48,7 +47,7 @@ class SegmentLookup:
     def descriptor(self, vcpu: Vcpu, selector: int) -> Descriptor | None:
         """The descriptor of ``selector``, present or not, or None where there is none."""
         if selector & _TABLE_INDICATOR and (selector >> 3) < vcpu.ldt[1]:
-            address = LDT_BASE + (selector & ~7)
+            address = vcpu.ldt_base + (selector & ~7)
             if isinstance(walk(self._memory, vcpu.state.mode, vcpu.state.cr3, address, update=False), PageFault):
                 self.page_in(vcpu, 0, address)
         return descriptor_of(self._memory, vcpu.state, selector)

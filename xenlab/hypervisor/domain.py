@@ -15,7 +15,7 @@ from typing import Any
 
 from xenlab.abi.numbers import EvtchnStatus, Shutdown
 from xenlab.hypervisor.accounting import Account
-from xenlab.hypervisor.layout import flat_segments, segments_end
+from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, flat_segments, gdt_base, segments_end
 from xenlab.machine.memory import PAGE_SHIFT
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.state import CpuState, Segment
@@ -32,12 +32,17 @@ INITIAL_DEBUG = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": 0xFFFF_0FF0, "dr
 
 
 class RunState(Enum):
-    """What a vCPU is doing; only `RUNNABLE` ones are offered to the scheduler."""
+    """What a vCPU is doing; only `RUNNABLE` ones are offered to the scheduler.
+
+    `PAUSED` is the control domain's affair, all vCPUs of a domain at once; `DOWN` is the kernel's own, one by one, and
+    how all but the first begin.
+    """
 
     RUNNABLE = auto()
     BLOCKED = auto()
     PAUSED = auto()
     ENDED = auto()
+    DOWN = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +115,13 @@ class Vcpu:
         io: which I/O ports it may use.
         shown_level: its I/O privilege level as its kernel sees it in frames: bits of EFLAGS.
         run_state: see `RunState`.
+        paused_from: what it will be when it is paused or down no more.
         watched: whether it has a breakpoint on (`breakpoints`).
         held_hits: breakpoints that it has hit and is not told of yet, as bits.
         fetch_faults: when the last fault at an address was, and how many there were with no instruction begun since.
         domid: its domain's number.
+        number: its own number in the domain.
+        gdt_base, ldt_base: linear addresses of its window to its descriptor tables (`layout`).
         address_limit: the first linear address that the guest's segments do not reach.
         info: machine address of its `vcpu_info`: a part of the shared-information page, or where it asked for.
         info_mfn: the frame that it asked for, 0 for none.
@@ -164,6 +172,9 @@ class Vcpu:
     runstate_area: int = 0
     time_area: int = 0
     domid: int = field(init=False)
+    number: int = field(init=False)
+    gdt_base: int = field(init=False)
+    ldt_base: int = field(init=False)
     info: int = field(init=False)
     address_limit: int = field(init=False)
     flat_code: dict[int, Segment] = field(init=False)
@@ -172,12 +183,25 @@ class Vcpu:
     translated_at: int = -1
 
     def __post_init__(self) -> None:
-        number = self.key % VCPUS_PER_DOMAIN
+        self.number = self.key % VCPUS_PER_DOMAIN
         self.domid = self.domain.domid
+        self.gdt_base = gdt_base(self.number)
+        self.ldt_base = self.gdt_base + LDT_BASE - GDT_BASE
         self.address_limit = segments_end(self.state.mode)
-        self.info = (self.domain.shared_info_mfn << PAGE_SHIFT) + number * VCPU_INFO_BYTES
+        self.info = (self.domain.shared_info_mfn << PAGE_SHIFT) + self.number * VCPU_INFO_BYTES
         self.flat_code = flat_segments(self.state.mode, code=True)
         self.flat_data = flat_segments(self.state.mode, code=False)
+
+    @property
+    def initialised(self) -> bool:
+        """Whether it has page tables to run on, and so everything else (`guest_context`)."""
+        return self.state.cr3 != 0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it waits for an event, be it paused or down besides."""
+        kept = self.run_state in (RunState.PAUSED, RunState.DOWN)
+        return (self.paused_from if kept else self.run_state) is RunState.BLOCKED
 
     def snapshot(self) -> dict[str, Any]:
         """Everything but the memory, as plain data."""
@@ -246,7 +270,8 @@ class Domain:
         latches: what it last wrote to ports 0x70 and 0xcf8.
         shutdown_code: why it will have ended, if it has said so before (`SchedOp.SHUTDOWN_CODE`).
         watchdogs: which of its watchdogs are set: a set of bits.
-        vcpus: its virtual CPUs.
+        max_vcpus: how many virtual CPUs it was made for.
+        vcpus: those that it has, by number.
         ports: its event channels that are in use, by port.
         console_out: the last that it wrote to its console, at most `CONSOLE_BYTES`.
         console_lost: how many bytes it wrote before those.
@@ -267,6 +292,7 @@ class Domain:
     pages: int
     most_pages: int
     least_pages: int = 0
+    max_vcpus: int = 1
     store_mfn: int = 0
     writable_tables: bool = False
     privileged: bool = False

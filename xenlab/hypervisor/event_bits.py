@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xenlab.abi.structures import SharedInfo, VcpuInfo
 from xenlab.errors import XenlabError
-from xenlab.hypervisor.domain import Domain, RunState, Vcpu
+from xenlab.hypervisor.domain import Domain, Vcpu
 from xenlab.hypervisor.events import AT_MASK, AT_PENDING, AT_UPCALL, MASK_BEHIND, THROUGH, EventChannels
 from xenlab.hypervisor.parts import wrong
 from xenlab.hypervisor.trace import NO_DOMAIN, Kind
@@ -128,10 +128,10 @@ class SlottedEvents(EventChannels):
     def set_pending(self, domain: Domain, port: int, sender: int = NO_DOMAIN) -> None:
         vcpu = domain.vcpus[domain.ports[port].vcpu]
         words = self.words(domain, port)
-        answer = self._ask(domain, "send", port, *words, vcpu.run_state is RunState.BLOCKED)
+        answer = self._ask(domain, "send", port, *words, vcpu.asleep)
         self._store(domain, port, vcpu, answer)
         if answer.get("wake"):
-            self._wake(vcpu)
+            self.unblock(vcpu)
         stopped = _stopped(words, answer)
         if stopped != AT_PENDING:
             self._wake_pollers(domain, port)

@@ -111,7 +111,7 @@ class EventChannels:
             stopped = AT_MASK if words[at + MASK_BEHIND] & bit else self._select(domain, port)
             for vcpu in domain.vcpus:
                 if vcpu.polling and vcpu.polling in (ANY_PORT, port):
-                    self._wake(vcpu)
+                    self.unblock(vcpu)
         record = self._xen.recorder
         if record is not None:
             record((self._cpu.instructions, _EVENT, domain.domid, port, sender, stopped))
@@ -119,7 +119,7 @@ class EventChannels:
     def _wake_pollers(self, domain: Domain, port: int) -> None:
         for vcpu in domain.vcpus:
             if vcpu.polling and vcpu.polling in (ANY_PORT, port):
-                self._wake(vcpu)
+                self.unblock(vcpu)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""
@@ -137,10 +137,11 @@ class EventChannels:
             return AT_UPCALL
         self._bytes[vcpu.info] = pending | 1
         if vcpu.run_state is not _RUNNABLE:
-            self._wake(vcpu)
+            self.unblock(vcpu)
         return THROUGH
 
-    def _wake(self, vcpu: Vcpu) -> None:
+    def unblock(self, vcpu: Vcpu) -> None:
+        """End the sleep of ``vcpu``, and what it polls for."""
         vcpu.polling = 0
         self._xen.wake(vcpu)
 

@@ -26,7 +26,6 @@ from xenlab.hypervisor.debug_registers import SINGLE_STEP
 from xenlab.hypervisor.domain import Vcpu
 from xenlab.hypervisor.emulate import Values, carry_out
 from xenlab.hypervisor.hypercalls import hypercall_page
-from xenlab.hypervisor.layout import LDT_BASE
 from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
 from xenlab.hypervisor.port_io import Faulted, carry_out_port
@@ -158,7 +157,7 @@ class Exceptions:
         The CPU's own look into an LDT that is not there is a page fault at the guest's address.  Anything else
         the segment limits of the paper's machines stop before paging sees it.
         """
-        offset, (base, entries) = address - LDT_BASE, vcpu.ldt
+        offset, (base, entries) = address - vcpu.ldt_base, vcpu.ldt
         if error & _USER_ACCESS == 0 and 0 <= offset < entries << 3:
             return PAGE_FAULT, error, base + offset & _U32
         return PROTECTION, 0, address

@@ -16,6 +16,12 @@ What stands there, for guests to read or for the CPU to find::
     GDT_BASE                the descriptor table: 14 pages of the guest's, two of the hypervisor's
     LDT_BASE                the local descriptor table: pages of the guest's, put there when the CPU asks for them
     TSS_BASE                the task state segment: on which stack a call gate leads into ring 1
+
+The vCPUs of a domain may share an address space, but each has descriptor tables of its own.  So each has a *window*:
+those of vCPU number n stand n times `WINDOW_BYTES` further on (Xen's GDT_VIRT_START), and its GDTR and LDTR say so.
+Nothing has to be exchanged when another vCPU gets the CPU, and the tables of one that does not run can be looked at.
+The windows of a domain are mapped by tables of its own, as many as its vCPUs need: the first is enough for eight of
+them (PAE), or sixteen.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from xenlab.machine.paging import PAE, TWO_LEVEL, PagingMode
 from xenlab.machine.segments import Descriptor, flat_code, flat_data
 from xenlab.machine.state import Segment
 
-# Linear address of the descriptor table: 16 pages, of which the last two are the hypervisor's.
+# Linear address of the first vCPU's descriptor table: 16 pages, of which the last two are the hypervisor's.
 GDT_BASE = 0xFF00_0000
 GDT_PAGES = 16
 GDT_LIMIT = GDT_PAGES * PAGE_SIZE - 1
@@ -45,6 +51,8 @@ LDT_BASE = GDT_BASE + GDT_LIMIT + 1
 LDT_PAGES = 16
 TSS_BASE = LDT_BASE + LDT_PAGES * PAGE_SIZE
 RESERVED_GDT_BASE = GDT_BASE + FIRST_RESERVED_GDT_PAGE * PAGE_SIZE
+# From the tables of one vCPU to those of the next.
+WINDOW_BYTES = 0x4_0000
 
 
 def start_of(mode: PagingMode) -> int:
@@ -62,9 +70,14 @@ def m2p_slot(mode: PagingMode) -> int:
     return _slot(mode, start_of(mode))
 
 
-def descriptor_slot(mode: PagingMode) -> int:
-    """The entry of the top table behind which the descriptor tables are mapped."""
-    return _slot(mode, GDT_BASE)
+def gdt_base(vcpu: int) -> int:
+    """Linear address of the descriptor table of vCPU number ``vcpu`` of any domain."""
+    return GDT_BASE + vcpu * WINDOW_BYTES
+
+
+def descriptor_slots(mode: PagingMode, vcpus: int) -> range:
+    """The entries of the top table behind which the descriptor tables of so many vCPUs are mapped, each a table."""
+    return range(_slot(mode, GDT_BASE), _slot(mode, gdt_base(vcpus) - 1) + 1)
 
 
 def _slot(mode: PagingMode, address: int) -> int:

@@ -16,8 +16,9 @@ from xenlab.abi.numbers import Shutdown, Virq
 from xenlab.errors import HypercallError, ImageError, MachineError
 from xenlab.hypervisor import scheduling
 from xenlab.hypervisor.accounting import change_places, settle
-from xenlab.hypervisor.domain import Domain, RunState, Vcpu
+from xenlab.hypervisor.domain import VCPUS_PER_DOMAIN, Domain, RunState, Vcpu
 from xenlab.hypervisor.frames import PINNED, XEN
+from xenlab.hypervisor.layout import GDT_BASE, GDT_LIMIT, descriptor_slots, gdt_base
 from xenlab.hypervisor.page_tables import root_use
 from xenlab.hypervisor.report import crash_report
 from xenlab.hypervisor.trace import HAS, Kind
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from xenlab.hypervisor.core import Hypervisor
 
 
-def new_domain(xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, privileged: bool = False) -> Domain:
+def new_domain(
+    xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, privileged: bool = False, vcpus: int = 1
+) -> Domain:
     """A domain with memory and without a vCPU; nobody has its number yet.
 
     Args:
@@ -37,20 +40,23 @@ def new_domain(xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, priv
         mode: the format of its page tables.
         pages: how many frames it gets, and may have.
         privileged: whether it is the control domain.
+        vcpus: how many it will have; the hypervisor keeps windows to the descriptor tables of so many.
 
     Raises:
         MachineError: not enough free frames; nothing is changed then.
     """
-    needed = pages + frames_beside(xen, mode)
+    needed = pages + frames_beside(xen, mode, vcpus)
     if needed > xen.frames.free_frames:
         raise MachineError(f"out of machine memory: {needed} frames wanted, {xen.frames.free_frames} free")
     xen.allowance.unlimited()
     domid = free_domid(xen)
     xen.shared_pages.make(mode)
-    shared_info, own_table = xen.frames.allocate(2, XEN)
-    xen.shared_pages.fill_own_table(mode, own_table)
-    slots = xen.shared_pages.slots(mode, own_table)
-    domain = Domain(domid, name, mode, [], [own_table], shared_info, slots, 0, pages, privileged=privileged)
+    shared_info, *own_tables = xen.frames.allocate(1 + len(descriptor_slots(mode, vcpus)), XEN)
+    xen.shared_pages.fill_own_tables(mode, own_tables, vcpus)
+    slots = xen.shared_pages.slots(mode, own_tables, vcpus)
+    domain = Domain(
+        domid, name, mode, [], own_tables, shared_info, slots, 0, pages, privileged=privileged, max_vcpus=vcpus
+    )
     xen.domains[domid] = domain
     xen.reservations.adopt(domain, shared_info)
     xen.clocks.show_wall_clock(domain)
@@ -60,9 +66,9 @@ def new_domain(xen: Hypervisor, name: str, mode: PagingMode, pages: int, *, priv
     return domain
 
 
-def frames_beside(xen: Hypervisor, mode: PagingMode) -> int:
-    """How many frames a new domain costs besides its own memory."""
-    return 2 if xen.shared_pages.are_made(mode) else 4
+def frames_beside(xen: Hypervisor, mode: PagingMode, vcpus: int = 1) -> int:
+    """How many frames a new domain with so many vCPUs costs besides its own memory."""
+    return 1 + len(descriptor_slots(mode, vcpus)) + (0 if xen.shared_pages.are_made(mode) else 2)
 
 
 def free_domid(xen: Hypervisor) -> int:
@@ -71,7 +77,7 @@ def free_domid(xen: Hypervisor) -> int:
 
 
 def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
-    """Let a new vCPU begin, paused, on the page tables that its state names; they are pinned.
+    """Let the first vCPU of a new domain begin, paused, on the page tables that its state names; they are pinned.
 
     Raises:
         ImageError: they are not valid; nothing is changed then.
@@ -87,20 +93,35 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
         ) from None
     xen.page_tables.take(domain, root, use)
     xen.frames.flags[root] |= PINNED
-    vcpu.account.since = xen.now
-    domain.vcpus.append(vcpu)
-    xen.vcpus[vcpu.key] = vcpu
-    scheduling.introduce(xen, vcpu)
+    _enlist(xen, vcpu)
     xen.record(Kind.DOMAIN, domain.domid, "created")
     xen.record(Kind.MEMORY, domain.domid, HAS, domain.pages)
+
+
+def add_others(xen: Hypervisor, domain: Domain) -> None:
+    """Let ``domain`` have all vCPUs that it was made for.  The others are down, with no page tables to run on: what
+    they run is up to the first one (`guest_context`)."""
+    try:
+        for number in range(len(domain.vcpus), domain.max_vcpus):
+            # That of all states made from now on, so of this one.
+            xen.cpu.set_gdt(gdt_base(number), GDT_LIMIT)
+            key = domain.domid * VCPUS_PER_DOMAIN + number
+            _enlist(xen, Vcpu(key, domain, xen.cpu.new_state(domain.mode, 0), run_state=RunState.DOWN))
+    finally:
+        xen.cpu.set_gdt(GDT_BASE, GDT_LIMIT)
+
+
+def _enlist(xen: Hypervisor, vcpu: Vcpu) -> None:
+    vcpu.account.since = xen.now
+    vcpu.domain.vcpus.append(vcpu)
+    xen.vcpus[vcpu.key] = vcpu
+    scheduling.introduce(xen, vcpu)
 
 
 def pause(xen: Hypervisor, domain: Domain) -> None:
     """Stop running ``domain`` until `unpause`; one that is paused stays so."""
     for vcpu in domain.vcpus:
-        if vcpu.run_state in (RunState.RUNNABLE, RunState.BLOCKED):
-            vcpu.paused_from = vcpu.run_state
-            xen.sleep(vcpu, RunState.PAUSED)
+        _stop(xen, vcpu, RunState.PAUSED)
     xen.record(Kind.DOMAIN, domain.domid, "paused")
 
 
@@ -108,12 +129,37 @@ def unpause(xen: Hypervisor, domain: Domain) -> None:
     """Let a paused domain go on from where it was."""
     for vcpu in domain.vcpus:
         if vcpu.run_state is RunState.PAUSED:
-            if vcpu.paused_from is RunState.RUNNABLE:
-                xen.make_runnable(vcpu)
-            else:
-                settle(xen, vcpu)
-                vcpu.run_state = vcpu.paused_from
+            _go_on(xen, vcpu)
     xen.record(Kind.DOMAIN, domain.domid, "unpaused")
+
+
+def bring_up(xen: Hypervisor, vcpu: Vcpu) -> None:
+    """Let a vCPU that is down go on from where it was, or begin."""
+    if vcpu.run_state is RunState.DOWN:
+        _go_on(xen, vcpu)
+
+
+def take_down(xen: Hypervisor, vcpu: Vcpu) -> None:
+    """Stop running one vCPU until `bring_up`, though its domain goes on; the last one to go ends the domain."""
+    if all(other is vcpu or other.run_state is RunState.DOWN for other in vcpu.domain.vcpus):
+        code = vcpu.domain.shutdown_code
+        shut_down(xen, vcpu.domain, Shutdown.POWEROFF if code is None else code)
+    else:
+        _stop(xen, vcpu, RunState.DOWN)
+
+
+def _stop(xen: Hypervisor, vcpu: Vcpu, run_state: RunState) -> None:
+    if vcpu.run_state in (RunState.RUNNABLE, RunState.BLOCKED):
+        vcpu.paused_from = vcpu.run_state
+        xen.sleep(vcpu, run_state)
+
+
+def _go_on(xen: Hypervisor, vcpu: Vcpu) -> None:
+    if vcpu.paused_from is RunState.RUNNABLE:
+        xen.make_runnable(vcpu)
+    else:
+        settle(xen, vcpu)
+        vcpu.run_state = vcpu.paused_from
 
 
 def crash(xen: Hypervisor, vcpu: Vcpu, reason: str) -> None:
@@ -160,7 +206,7 @@ def destroy(xen: Hypervisor, domain: Domain) -> None:
 
 
 def _drop_tables(xen: Hypervisor, vcpu: Vcpu) -> None:
-    """No page table and no descriptor table of a vCPU that ended is in use any more."""
+    """No page table and no descriptor table of a vCPU that ended, if it ever began, is in use any more."""
     xen.descriptor_tables.release(vcpu)
     for mfn in (vcpu.state.cr3 >> PAGE_SHIFT, vcpu.user_base):
         if mfn:

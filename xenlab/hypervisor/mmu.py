@@ -219,17 +219,22 @@ class Mmu:
         self._tables.update(domain, mfn, index, entry, owner=owner)
         kind = flags & _FLUSH_TYPE
         if kind in (UvmFlags.TLB_FLUSH, UvmFlags.INVLPG):
-            self._check_vcpu_set(vcpu, flags & ~_FLUSH_TYPE)
-            if kind == UvmFlags.TLB_FLUSH:
-                self._tlb.flush(ASKED)
-            else:
-                self._tlb.flush(PAGE, address & PAGE_MASK)
+            chosen = flags & ~_FLUSH_TYPE
+            some = chosen not in (0, UvmFlags.ALL)
+            self._flush_for(vcpu, kind == UvmFlags.TLB_FLUSH, address, chosen if some else None)
         return 0
 
-    def _check_vcpu_set(self, vcpu: Vcpu, pointer: int) -> None:
-        """A set of vCPUs to flush can be read; there is one CPU, so whoever is in it is flushed."""
-        if pointer not in (0, UvmFlags.ALL):
-            self._guest.read(vcpu, pointer, 4)
+    def _flush_for(self, vcpu: Vcpu, everything: bool, address: int, chosen: int | None = None) -> None:
+        """Flush what the vCPUs in the set at ``chosen`` may hold; None for all, or for the one that asks only.
+
+        There is one CPU, and whoever gets it finds its TLB empty.  So only the one that asks can hold anything.
+        """
+        if chosen is not None and not self._guest.read_word(vcpu, chosen) >> vcpu.number & 1:
+            return
+        if everything:
+            self._tlb.flush(ASKED)
+        else:
+            self._tlb.flush(PAGE, address & PAGE_MASK)
 
     def leaf_of(self, vcpu: Vcpu, address: int) -> tuple[int, int]:
         """Frame and index of the l1 entry that maps ``address`` in the running address space; EINVAL if there is none.
@@ -312,12 +317,8 @@ class Mmu:
     def _flush(self, vcpu: Vcpu, owner: Domain, command: int, address: int, second: int) -> None:
         if owner is not vcpu.domain:
             raise HypercallError(Errno.EPERM)
-        if command in (MmuextOp.TLB_FLUSH_MULTI, MmuextOp.INVLPG_MULTI):
-            self._guest.read(vcpu, second, 4)
-        if command in _FLUSHES:
-            self._tlb.flush(ASKED)
-        else:
-            self._tlb.flush(PAGE, address & PAGE_MASK)
+        some = command in (MmuextOp.TLB_FLUSH_MULTI, MmuextOp.INVLPG_MULTI)
+        self._flush_for(vcpu, command in _FLUSHES, address, second if some else None)
 
     def _flush_cache(self, vcpu: Vcpu, owner: Domain, *_: int) -> None:
         """Caches of data are not modelled; a domain without devices may not write them back, as in Xen."""

@@ -23,7 +23,7 @@ def crash_report(hypervisor: Hypervisor, vcpu: Vcpu, reason: str) -> str:
     """Why, where, with which registers, what was on the stack and what led there."""
     domain, state = vcpu.domain, vcpu.state
     lines = [
-        f"domain {domain.domid} ({domain.name}) ended: {reason}",
+        f"domain {domain.domid} ({domain.name}) ended: {_whose(vcpu)}{reason}",
         f"  at instruction {hypervisor.now}, ring {state.cpl}, eip {state.eip:#010x}{_symbol(vcpu, state.eip)}",
         *_code(hypervisor, vcpu),
         *_registers(vcpu),
@@ -31,6 +31,10 @@ def crash_report(hypervisor: Hypervisor, vcpu: Vcpu, reason: str) -> str:
         *_events(hypervisor),
     ]
     return "\n".join(lines)
+
+
+def _whose(vcpu: Vcpu) -> str:
+    return f"vCPU {vcpu.number}, " if len(vcpu.domain.vcpus) > 1 else ""
 
 
 def _symbol(vcpu: Vcpu, address: int) -> str:

@@ -10,7 +10,8 @@ four words more, from the top of its stack down; the data segment registers them
 
     [SS  ESP]  EFLAGS   saved event mask << 16 | CS   EIP   GS   FS   ES   DS
 
-A code or stack segment that cannot be loaded is an exception instead, as in the return of Xen's.  A kernel that has
+A code or stack segment that cannot be loaded is an exception instead, as in the return of Xen's; the handler of a
+stack segment has to be in an inner ring, or there is no stack for it.  A kernel that has
 registered no such callback finds the lost data segments empty, and goes on.
 
 The invariant: no vCPU runs with a hidden part that its guest's tables do not say.  What breaks without it: a segment
@@ -19,7 +20,7 @@ that was taken away goes on being used, or it stops a domain that only changed i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from struct import pack
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from xenlab.hypervisor.domain import Domain, Gate, Vcpu
 from xenlab.hypervisor.trace import Kind
 from xenlab.hypervisor.traps import Undeliverable
 from xenlab.machine.engine import SEGMENTS
+from xenlab.machine.segments import flat_code, flat_data
 from xenlab.machine.state import VM
 from xenlab.machine.vectors import NOT_PRESENT, PROTECTION, STACK_FAULT
 
@@ -51,12 +53,28 @@ class SegmentRegisters:
 
     def reload(self, domain: Domain) -> None:
         """Descriptors of ``domain`` have changed."""
-        for vcpu in domain.vcpus:
+        for vcpu in (vcpu for vcpu in domain.vcpus if vcpu.initialised):
             for name, selector in zip(SEGMENTS, vcpu.state.selectors(), strict=True):
                 if selector >= 4 and selector not in vcpu.flat_data and selector not in vcpu.flat_code:
                     self._load(vcpu, name, selector)
             if vcpu.failing:
                 self._xen.reschedule()
+
+    def load_first(self, vcpu: Vcpu, selectors: Mapping[str, int]) -> None:
+        """Give ``vcpu``, which has never run, its segment registers; what cannot be loaded fails when it first runs.
+
+        Until then its code and stack are flat ones: it is in the ring that its code segment asks for, whatever that is.
+        """
+        state, ring, limit = vcpu.state, selectors["cs"] & 3, vcpu.address_limit - 1
+        state.load_segment("ss", selectors["ss"], flat_data(ring, limit))
+        state.load_segment("cs", selectors["cs"], flat_code(ring, limit))
+        for name, selector in selectors.items():
+            if name in _DATA:
+                state.load_segment(name, selector, None)
+            if selector >= 4:
+                self._load(vcpu, name, selector)
+            elif name not in _DATA:
+                vcpu.failing = True
 
     def _load(self, vcpu: Vcpu, name: str, selector: int) -> None:
         state = vcpu.state
@@ -80,20 +98,32 @@ class SegmentRegisters:
         vcpu.failing = False
         selectors = dict(zip(SEGMENTS, vcpu.state.selectors(), strict=True))
         lost = [name for name in _DATA if self._is_lost(vcpu, selectors[name])]
+        no_stack = self._segments.stack(vcpu, selectors["ss"], vcpu.state.cpl) is None
         if lost and vcpu.failsafe_callback is not None:
-            self._fail_safe(vcpu, vcpu.failsafe_callback, tuple(selectors[name] for name in _DATA))
+            if not self._has_no_stack(vcpu, vcpu.failsafe_callback, no_stack):
+                self._fail_safe(vcpu, vcpu.failsafe_callback, tuple(selectors[name] for name in _DATA))
             return
         for name in lost:
             vcpu.state.load_segment(name, 0, None)
-        cs, ss = selectors["cs"], selectors["ss"]
-        if self._segments.code(vcpu, cs) is None:
-            self._raise(vcpu, cs, NOT_PRESENT)
-        elif self._segments.stack(vcpu, ss, vcpu.state.cpl) is None:
-            self._raise(vcpu, ss, STACK_FAULT)
+        if self._segments.code(vcpu, selectors["cs"]) is None:
+            self._raise(vcpu, selectors["cs"], NOT_PRESENT, no_stack)
+        elif no_stack:
+            self._raise(vcpu, selectors["ss"], STACK_FAULT, no_stack)
 
-    def _raise(self, vcpu: Vcpu, selector: int, absent: int) -> None:
+    def _has_no_stack(self, vcpu: Vcpu, gate: Gate | None, no_stack: bool) -> bool:
+        """Whether a gate leads to the same ring and so to the stack segment that cannot be loaded; that ends the guest.
+
+        On an x86 each return to the handler would fault again, further and further down the stack.
+        """
+        found = no_stack and gate is not None and gate.cs & 3 == vcpu.state.cpl
+        if found:
+            self._xen.crash(vcpu, "a stack segment that cannot be loaded, and its handler in the same ring")
+        return found
+
+    def _raise(self, vcpu: Vcpu, selector: int, absent: int, no_stack: bool) -> None:
         vector = absent if self._segments.is_absent(vcpu, selector) else PROTECTION
-        self._deliver(vcpu, vector, selector & 0xFFFC, 0)
+        if not self._has_no_stack(vcpu, vcpu.traps[vector], no_stack):
+            self._deliver(vcpu, vector, selector & 0xFFFC, 0)
 
     def _is_lost(self, vcpu: Vcpu, selector: int) -> bool:
         return selector >= 4 and selector not in vcpu.flat_data and self._segments.loadable(vcpu, selector) is None

@@ -2,7 +2,7 @@
 
 Every address space has the same pages at its top, through tables that are the hypervisor's and that no
 guest can change: one table with the machine-to-physical list, made once for each format of page tables, and for
-each domain one with its descriptor tables, of which the last pages are the same for all.
+each domain those with the descriptor tables of its vCPUs, of which the last pages are the same for all.
 
 The invariant: nothing here can be written from ring 1 or 3.  What breaks without it: see `descriptor_tables`.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from xenlab.hypervisor.descriptor_tables import read_only_entry
+from xenlab.abi.numbers import FIRST_RESERVED_GDT_PAGE
+from xenlab.hypervisor.descriptor_tables import place_of, read_only_entry
 from xenlab.hypervisor.frames import EMPTY_FRAME, TSS_FRAME, XEN, FrameTable
 from xenlab.hypervisor.layout import (
-    GDT_BASE,
     GDT_LIMIT,
-    RESERVED_GDT_BASE,
     TSS_BASE,
-    descriptor_slot,
+    descriptor_slots,
+    gdt_base,
     m2p_slot,
     reserved_gdt_page,
 )
@@ -55,20 +55,26 @@ class SharedPages:
                 mode.write(self._memory, table << PAGE_SHIFT, page, read_only_entry(mode, mfn))
             self._made[mode.name] = descriptors, table
 
-    def fill_own_table(self, mode: PagingMode, table: int) -> None:
-        """Make the frame ``table`` a domain's own table: a descriptor table with nothing of the guest's yet.
+    def fill_own_tables(self, mode: PagingMode, tables: list[int], vcpus: int) -> None:
+        """Make the frames ``tables`` a domain's own: descriptor tables of its vCPUs, with nothing of the guest's yet.
 
         A selector without a descriptor has to find an empty one: #GP with the selector, not a page fault.
         """
-        for address in range(GDT_BASE, GDT_BASE + GDT_LIMIT, PAGE_SIZE):
-            mfn = self.descriptors(mode) if address == RESERVED_GDT_BASE else EMPTY_FRAME
-            mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(address), read_only_entry(mode, mfn))
-        tss = read_only_entry(mode, TSS_FRAME)
-        mode.write(self._memory, table << PAGE_SHIFT, mode.levels[-1].index(TSS_BASE), tss)
 
-    def slots(self, mode: PagingMode, own_table: int) -> dict[int, int]:
+        def show(address: int, mfn: int) -> None:
+            table, index = place_of(mode, tables, address)
+            mode.write(self._memory, table << PAGE_SHIFT, index, read_only_entry(mode, mfn))
+
+        for base in map(gdt_base, range(vcpus)):
+            for address in range(base, base + GDT_LIMIT, PAGE_SIZE):
+                show(address, EMPTY_FRAME)
+            show(base + FIRST_RESERVED_GDT_PAGE * PAGE_SIZE, self.descriptors(mode))
+        show(TSS_BASE, TSS_FRAME)
+
+    def slots(self, mode: PagingMode, own_tables: list[int], vcpus: int) -> dict[int, int]:
         """The hypervisor's entries of a top table, by index."""
-        tables = {m2p_slot(mode): self.m2p_table(mode), descriptor_slot(mode): own_table}
+        tables = {m2p_slot(mode): self.m2p_table(mode)}
+        tables |= zip(descriptor_slots(mode, vcpus), own_tables, strict=True)
         return {slot: mode.entry(mfn, PRESENT | ACCESSED) for slot, mfn in tables.items()}
 
     def state(self) -> dict[str, Any]:

@@ -287,6 +287,11 @@ class TrapDelivery:
         self._bytes[vcpu.info + _UPCALL_MASK] = mask
 
 
+def returned_flags(flags: int) -> int:
+    """EFLAGS of a guest that asks for ``flags``: neither I/O privilege nor virtual-8086 mode nor reserved bits."""
+    return flags & _RETURNED_FLAGS | IF
+
+
 def _named(vector: int) -> str:
     return "an event" if vector == EVENT else f"exception {vector} ({vector_name(vector)})"
 

@@ -7,6 +7,10 @@ cannot become a page table, and is given back when the domain ends.
 Two more records are copies that are written to a linear address of the guest's when the vCPU gets the CPU: how long
 it was in each state (`accounting`), and the time (`clocks`).  If nothing is mapped there, nothing is written.
 
+Most commands may be given for any vCPU of one's own domain: a kernel starts the others (`guest_context`), brings them
+up and takes them down.  Alarms only the vCPU itself sets, and its `vcpu_info` it moves itself, or another one while it
+is down.
+
 The invariant: the hypervisor writes where the guest's kernel itself could have written.  What breaks without it: a
 record laid over a page table.
 """
@@ -18,12 +22,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from xenlab.abi.numbers import VCPU_SSHOTTMR_FUTURE, Errno, Hypercall, Shutdown, VcpuOp
+from xenlab.abi.numbers import VCPU_SSHOTTMR_FUTURE, Errno, Hypercall, VcpuOp
 from xenlab.errors import HypercallError
+from xenlab.hypervisor import lifecycle
 from xenlab.hypervisor.accounting import runstate
 from xenlab.hypervisor.alarms import REAL
 from xenlab.hypervisor.clocks import INSTRUCTION_NS, to_instructions, to_ns
-from xenlab.hypervisor.domain import VCPU_INFO_BYTES, Vcpu
+from xenlab.hypervisor.domain import VCPU_INFO_BYTES, RunState, Vcpu
+from xenlab.hypervisor.guest_context import GuestContexts
 from xenlab.hypervisor.layout import start_of
 from xenlab.hypervisor.page_entries import Use
 from xenlab.hypervisor.page_types import REFUSED
@@ -45,7 +51,7 @@ class VcpuOps:
     """The commands of ``vcpu_op``."""
 
     def __init__(self, xen: Hypervisor) -> None:
-        self._xen, self._guest = xen, xen.guest_memory
+        self._xen, self._guest, self._contexts = xen, xen.guest_memory, GuestContexts(xen)
         xen.hypercalls.register(Hypercall.vcpu_op, self.vcpu_op)
 
     def vcpu_op(self, vcpu: Vcpu, command: int, number: int, address: int, *_: int) -> int:
@@ -76,17 +82,19 @@ class VcpuOps:
         state, since, times = runstate(self._xen, vcpu)
         return _RUNSTATE.pack(state, to_ns(since), *map(to_ns, times))
 
-    def _initialise(self, _vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
-        raise HypercallError(Errno.EEXIST)  # a vCPU that exists here has been
+    def _initialise(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
+        self._contexts.initialise(vcpu, target, address)
 
-    def _up(self, _vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
-        """It is up already."""
+    def _up(self, _vcpu: Vcpu, target: Vcpu, _address: int) -> None:
+        if not target.initialised:
+            raise HypercallError(Errno.EINVAL)
+        lifecycle.bring_up(self._xen, target)
 
-    def _down(self, vcpu: Vcpu, _target: Vcpu, _address: int) -> None:
-        self._xen.shut_down(vcpu.domain, Shutdown.POWEROFF)  # the last one goes
+    def _down(self, _vcpu: Vcpu, target: Vcpu, _address: int) -> None:
+        lifecycle.take_down(self._xen, target)
 
     def _is_up(self, _vcpu: Vcpu, target: Vcpu, _address: int) -> int:
-        return 1
+        return target.run_state is not RunState.DOWN
 
     def _get_runstate(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
         self._guest.write(vcpu, address, self._runstate_record(target))
@@ -94,11 +102,12 @@ class VcpuOps:
     def _register_runstate(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
         target.runstate_area = self._area(vcpu, address, _RUNSTATE.size)
         self._xen.timers.attend(target)
-        self.switched_to(target)
+        # Through the page tables of the one that asks, as all that is written before the call is over.
+        self.copy_out(vcpu, target.runstate_area, self._runstate_record(target))
 
     def _register_time(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
         target.time_area = self._area(vcpu, address, _TIME_BYTES)
-        self._xen.clocks.refresh(target)
+        self._xen.clocks.refresh(target, vcpu)
 
     def _area(self, vcpu: Vcpu, address: int, size: int) -> int:
         """The linear address in the first of the two words at ``address``."""
@@ -133,7 +142,8 @@ class VcpuOps:
         mfn, offset, _unused = _INFO.unpack(self._guest.read(vcpu, address, _INFO.size))
         frames = self._xen.frames
         fits = offset <= PAGE_SIZE - VCPU_INFO_BYTES and offset % 4 == 0
-        if not fits or target.info_mfn or target is not vcpu or frames.owner_of(mfn) != vcpu.domid:
+        stands_still = target is vcpu or target.run_state is RunState.DOWN
+        if not fits or target.info_mfn or not stands_still or frames.owner_of(mfn) != vcpu.domid:
             raise HypercallError(Errno.EINVAL)
         if self._xen.page_tables.types.take(mfn, Use.WRITE) == REFUSED:
             raise HypercallError(Errno.EINVAL)
@@ -145,11 +155,13 @@ class VcpuOps:
         self._xen.memory.words[place + _SELECTOR >> 2] = 0xFFFF_FFFF
         memory[place] |= 1
 
-    def _send_nmi(self, _vcpu: Vcpu, target: Vcpu, address: int) -> None:
+    def _send_nmi(self, vcpu: Vcpu, target: Vcpu, address: int) -> None:
         if address:
             raise HypercallError(Errno.EINVAL)
         target.nmi_pending = True
-        if self._xen.allowance.shared:
+        if target is not vcpu:
+            self._xen.events.unblock(target)  # it finds the NMI when it gets the CPU
+        elif self._xen.allowance.shared:
             self._xen.reschedule()  # behind the batch, which may have to be called again
         else:
             self._xen.exceptions.take_nmi(target)

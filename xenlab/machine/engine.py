@@ -12,7 +12,7 @@ swallow it.  `Cpu` catches it in the callback, stops the engine and raises it ag
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -259,6 +259,13 @@ class Context:
             context_reg_read(self.pointer, identifier, buffer)
             values[name] = int.from_bytes(bytes(buffer)[:size], "little")
         return values
+
+    def set_floating_point(self, values: Mapping[str, int]) -> None:
+        """Set x87 and SSE registers of the saved state, in the order of ``values``."""
+        for name, value in values.items():
+            identifier, size = FLOATING_POINT[name]
+            buffer = (ctypes.c_ubyte * 16).from_buffer_copy(value.to_bytes(size, "little").ljust(16, b"\0"))
+            context_reg_write(self.pointer, identifier, buffer)
 
 
 FLOATING_POINT: dict[str, tuple[int, int]] = {

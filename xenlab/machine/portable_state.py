@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 
 from xenlab.machine.engine import FLOATING_POINT, GENERAL, SEGMENTS
+from xenlab.machine.floating_point import from_image
 from xenlab.machine.gates import TrapGate
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.register_batch import RegisterBatch
@@ -83,6 +84,10 @@ class PortableState:
 
     def set_task_switched(self, on: bool) -> None:
         self.task_switched = on
+
+    def set_floating_point(self, image: bytes) -> None:
+        values = from_image(image)
+        self.floating = b"".join(values[name].to_bytes(RegisterBatch.SLOT, "little") for name in FLOATING_ORDER)
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
         return self.eax, self.ecx, self.edx, self.ebx, self.esp, self.ebp, self.esi, self.edi

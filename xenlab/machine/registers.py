@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from xenlab.machine import layout as at
@@ -84,3 +84,9 @@ class EngineRegisters:
         """The x87 and SSE registers of a copy, by name."""
         self._copy[:] = raw
         return self._scratch.floating_point()
+
+    def set_floating_point_of(self, raw: memoryview, values: Mapping[str, int]) -> None:
+        """Set x87 and SSE registers of a copy, in the order of ``values``."""
+        self._copy[:] = raw
+        self._scratch.set_floating_point(values)
+        raw[:] = self._copy

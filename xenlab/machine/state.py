@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from xenlab.machine import layout as at
 from xenlab.machine.engine import GENERAL, SEGMENTS
+from xenlab.machine.floating_point import from_image
 from xenlab.machine.paging import PagingMode
 from xenlab.machine.registers import EngineRegisters, view_over
 from xenlab.machine.segments import Descriptor
@@ -141,6 +142,10 @@ class CpuState(Protocol):
 
     def set_task_switched(self, on: bool) -> None:
         """Set CR0.TS, with which the next floating-point or SSE instruction raises #NM, or clear it."""
+        ...
+
+    def set_floating_point(self, image: bytes) -> None:
+        """Load the x87 and SSE registers from an image as FXSAVE stores it."""
         ...
 
     def general(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -364,6 +369,9 @@ class ContextState:
     def restore(self, saved: bytes) -> None:
         self._raw[:] = saved[:-4]
         self.cr3 = int.from_bytes(saved[-4:], "little")
+
+    def set_floating_point(self, image: bytes) -> None:
+        self._registers.set_floating_point_of(self._raw, from_image(image))
 
     def architectural(self) -> Mapping[str, int]:
         return architectural(self, self._registers.floating_point_of(self._raw))

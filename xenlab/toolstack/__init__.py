@@ -20,6 +20,7 @@ def boot(
     command_line: str = "",
     privileged: bool = False,
     mode: PagingMode = TWO_LEVEL,
+    max_vcpus: int = 1,
 ) -> Domain:
     """Build a domain and let it run with the next ``hypervisor.run``.
 
@@ -31,6 +32,7 @@ def boot(
         command_line: what the guest finds in ``start_info``.
         privileged: whether it is the initial domain.
         mode: page-table format for a guest from source.
+        max_vcpus: how many vCPUs its kernel may start, the first included.
 
     Returns:
         The domain; ``domain.console`` is what it printed.
@@ -42,7 +44,14 @@ def boot(
         image = image_from_source(guest, name, mode)
     else:
         image = load_image(guest) if isinstance(guest, Path) else guest
-    domain = build(hypervisor, image, memory_mib=memory_mib, command_line=command_line, privileged=privileged)
+    domain = build(
+        hypervisor,
+        image,
+        memory_mib=memory_mib,
+        command_line=command_line,
+        privileged=privileged,
+        max_vcpus=max_vcpus,
+    )
     hypervisor.unpause(domain)
     return domain
 

@@ -32,7 +32,7 @@ from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import VCPU_INFO_BYTES, VCPUS_PER_DOMAIN, Domain, Vcpu
 from xenlab.hypervisor.hypercalls import hypercall_page
 from xenlab.hypervisor.layout import flat_descriptors
-from xenlab.hypervisor.lifecycle import add_vcpu, frames_beside, new_domain
+from xenlab.hypervisor.lifecycle import add_others, add_vcpu, frames_beside, new_domain
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
 from xenlab.machine.paging import ACCESSED, DIRTY, PAE, PRESENT, RW, USER, Level
 from xenlab.machine.state import IF
@@ -52,6 +52,7 @@ def build(
     memory_mib: int = 4,
     command_line: str = "",
     privileged: bool = False,
+    max_vcpus: int = 1,
 ) -> Domain:
     """Make a domain from ``image``; it is left paused.
 
@@ -61,21 +62,26 @@ def build(
         memory_mib: the domain's memory.
         command_line: passed in ``start_info``, at most 1,023 bytes.
         privileged: make it the initial domain.
+        max_vcpus: how many vCPUs its kernel may start, the first included, which begins by itself.
 
     Raises:
         ImageError: the image does not fit into that memory or below the hypervisor, or cannot be the initial
-            domain, or there are not enough free frames; nothing is changed then.
+            domain, or there are not enough free frames, or no such number of vCPUs; nothing is changed then.
     """
     check(image.notes, image.name, privileged=privileged)
     text = _checked(command_line)
+    if type(max_vcpus) is not int or not 1 <= max_vcpus <= VCPUS_PER_DOMAIN:
+        raise ImageError(
+            f"image {image.name!r}: a domain can have from 1 to {VCPUS_PER_DOMAIN} vCPUs, found {max_vcpus!r:.80}"
+        )
     layout = plan(image, memory_mib, privileged=privileged)
-    needed = layout.total + frames_beside(hypervisor, image.mode)
+    needed = layout.total + frames_beside(hypervisor, image.mode, max_vcpus)
     if needed > hypervisor.frames.free_frames:
         raise ImageError(
             f"image {image.name!r}: a domain of {memory_mib} MiB needs {needed} free frames, "
             f"{hypervisor.frames.free_frames} are left"
         )
-    domain = new_domain(hypervisor, image.name, image.mode, layout.total, privileged=privileged)
+    domain = new_domain(hypervisor, image.name, image.mode, layout.total, privileged=privileged, vcpus=max_vcpus)
     domain.symbols.update(image.symbols)
     if Feature.pae_pgdir_above_4gb in image.notes.supported:
         domain.assists |= 1 << VmAssistType.PAE_EXTENDED_CR3
@@ -86,6 +92,7 @@ def build(
     builder.mask_events()
     cr3 = builder.write_page_tables()
     add_vcpu(hypervisor, builder.first_vcpu(cr3))
+    add_others(hypervisor, domain)
     return domain
 
 

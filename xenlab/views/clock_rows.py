@@ -152,7 +152,8 @@ def _state(xen: Hypervisor, domain: Domain) -> str:
         return "ended"
     if vcpu is xen.current:
         return "runs"
-    return {RunState.RUNNABLE: "waits", RunState.BLOCKED: "sleeps"}.get(vcpu.run_state, "paused")
+    known = {RunState.RUNNABLE: "waits", RunState.BLOCKED: "sleeps", RunState.DOWN: "down"}
+    return known.get(vcpu.run_state, "paused")
 
 
 class _Past:

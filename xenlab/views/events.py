@@ -35,6 +35,7 @@ _STATES = {
     RunState.BLOCKED: "asleep",
     RunState.PAUSED: "paused",
     RunState.ENDED: "ended",
+    RunState.DOWN: "down",
 }
 _CODE_LINES, _CODE_BEFORE = 4, 1
 

@@ -123,7 +123,7 @@ class FrameMap(Picture):
             found += [
                 f"base pointer of domain {domid}, vCPU {number}"
                 for number, vcpu in enumerate(domain.vcpus)
-                if vcpu.state.cr3 >> PAGE_SHIFT == mfn
+                if vcpu.initialised and vcpu.state.cr3 >> PAGE_SHIFT == mfn
             ]
             found += [f"descriptor table of domain {domid}" for vcpu in domain.vcpus if mfn in vcpu.gdt]
             found += self._entries_naming(domid, domain.mode, mfn)

@@ -193,7 +193,7 @@ def _state(xen: Hypervisor, domain: Domain) -> str:
         return "crashed" if domain.crashed else f"ended: {domain.shutdown.name.lower()}"
     if xen.current in domain.vcpus:
         return "running"
-    return ", ".join(sorted({vcpu.run_state.name.lower() for vcpu in domain.vcpus}))
+    return ", ".join(sorted({vcpu.run_state.name.lower() for vcpu in domain.vcpus if vcpu.initialised}))
 
 
 def _place(domain: Domain) -> str:

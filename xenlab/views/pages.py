@@ -21,7 +21,7 @@ from xenlab.hypervisor.core import Hypervisor
 from xenlab.hypervisor.domain import Domain
 from xenlab.hypervisor.frames import FREE, NO_PFN, ORPHAN, TABLES, XEN
 from xenlab.hypervisor.hypercalls import hypercall_page
-from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, RESERVED_GDT_BASE, TSS_BASE, start_of
+from xenlab.hypervisor.layout import GDT_BASE, LDT_BASE, RESERVED_GDT_BASE, TSS_BASE, WINDOW_BYTES, start_of
 from xenlab.machine.memory import PAGE_SHIFT, PAGE_SIZE, Memory
 from xenlab.machine.paging import ACCESSED, DIRTY, NX, PRESENT, RW, USER, PagingMode, Translation, walk
 
@@ -216,11 +216,12 @@ def name_of(xen: Hypervisor, domain: Domain, page: Page, known: dict[int, str]) 
 def _hypervisor_name(xen: Hypervisor, page: Page) -> str:
     if page.mfn in xen.frames.m2p_frames:
         return "M2P list"
-    if page.address >= TSS_BASE:
+    address = GDT_BASE + (page.address - GDT_BASE) % WINDOW_BYTES  # as if it were the first vCPU's
+    if address >= TSS_BASE:
         return "task state"
-    if page.address >= LDT_BASE:
+    if address >= LDT_BASE:
         return "local descriptors"
-    own = GDT_BASE <= page.address < RESERVED_GDT_BASE
+    own = address < RESERVED_GDT_BASE
     return "descriptors, guest's" if own else "descriptors, Xen's"
 
 

@@ -91,9 +91,12 @@ class ScheduleView(Picture):
         return list(lanes.values())
 
     def _lane(self, key: int) -> Lane:
-        domain = self._xen.vcpus[key].domain
+        vcpu = self._xen.vcpus[key]
+        domain, name = vcpu.domain, printable(vcpu.domain.name)
+        if len(domain.vcpus) > 1:
+            name = f"{name}, vCPU {vcpu.number}"
         parameters = getattr(self._xen.scheduler, "parameters", None)
-        return Lane(key, domain.domid, printable(domain.name), parameters=parameters(key) if parameters else {})
+        return Lane(key, domain.domid, name, parameters=parameters(key) if parameters else {})
 
     def _add_runs(self, lanes: dict[int, Lane]) -> None:
         trace, start, now = self._xen.trace, self._start, self._xen.now

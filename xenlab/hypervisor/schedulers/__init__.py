@@ -4,6 +4,10 @@ A scheduler knows vCPUs as numbers and time as instructions; it never sees a dom
 that a student wrote runs in the same slot as ours, and its decisions can be recorded as
 plain data and replayed.
 
+Each vCPU is counted for itself, with the weight that its domain was given: so a domain with two that run gets twice
+the share, as under Xen's own two (the credit scheduler adds a domain's weight once for each active vCPU, BVT keeps a
+clock for each).  A vCPU that is down is known to the scheduler, and sleeps.
+
 One that can be adjusted while domains run has the four methods of `Tunable` besides.
 """
 
