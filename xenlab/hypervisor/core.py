@@ -9,10 +9,10 @@ Three rules hold this file together:
 3. Nothing that a guest does raises out of here.  It gets an errno, an exception of its own,
    or its end, with a report.
 
-The life of a trap: `Cpu` saves the context and calls `trap`.  A hypercall goes to the table; a
+The life of a trap: `Cpu` calls `trap`, with the registers in `Cpu.state`.  A hypercall goes to the table; a
 privileged instruction to the emulator; any other exception to `TrapDelivery`, which builds
 the frame that the guest's handler expects.  If the trap changed who may run, the scheduler
-is asked and another vCPU's context is loaded before `Cpu` returns into guest code.  Last, a vCPU with
+is asked and another vCPU's registers are loaded before `Cpu` returns into guest code.  Last, a vCPU with
 events pending is made to enter its callback (`events`).
 """
 
@@ -332,7 +332,15 @@ class Hypervisor:
             raise self._wrong_pick(picked)
         self.pick_needed = False
         if chosen is not before:
-            self._change_to(chosen, before, now, picked)
+            self.current = chosen
+            if chosen is not None:
+                cpu.load(chosen.state)
+                if chosen.watched:
+                    cpu.stop()
+                self.tlb.counts[SWITCH] += 1
+            change_places(self, before, chosen, now)
+            if self.recorder is not None:
+                self._record_switch(before, chosen, now, picked or (-1, 0))
         if chosen is None:
             return
         self.slice_end = end
@@ -345,20 +353,11 @@ class Hypervisor:
         if chosen.event_callback is not None and not self.pick_needed:
             self._upcall(chosen)
 
-    def _change_to(self, chosen: Vcpu | None, before: Vcpu | None, now: int, picked: tuple[int, int] | None) -> None:
-        """Let another vCPU have the CPU, or none."""
-        self.current = chosen
+    def _record_switch(self, before: Vcpu | None, chosen: Vcpu | None, now: int, picked: tuple[int, int]) -> None:
+        assert self.recorder is not None
+        self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, *picked))
         if chosen is not None:
-            self.cpu.load(chosen.state)
-            if chosen.watched:
-                self.cpu.stop()
-            self.tlb.counts[SWITCH] += 1
-        change_places(self, before, chosen, now)
-        if self.recorder is not None:
-            to, length = picked or (-1, 0)
-            self.recorder((now, _SWITCH, NO_DOMAIN, before.key if before else -1, to, length))
-            if chosen is not None:
-                self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
+            self.recorder((now, _FLUSH, chosen.domid, SWITCH, 0))
 
     def _wrong_pick(self, found: object) -> PartError:
         runnable = [vcpu.key for vcpu in self.vcpus.values() if vcpu.run_state is _RUNNABLE]

@@ -110,16 +110,19 @@ class EventChannels:
             words[at] = pending | bit
             stopped = AT_MASK if words[at + MASK_BEHIND] & bit else self._select(domain, port)
             for vcpu in domain.vcpus:
-                if vcpu.polling and vcpu.polling in (ANY_PORT, port):
-                    self.unblock(vcpu)
+                if vcpu.polling:
+                    self._end_poll(vcpu, port)
         record = self._xen.recorder
         if record is not None:
             record((self._cpu.instructions, _EVENT, domain.domid, port, sender, stopped))
 
     def _wake_pollers(self, domain: Domain, port: int) -> None:
         for vcpu in domain.vcpus:
-            if vcpu.polling and vcpu.polling in (ANY_PORT, port):
-                self.unblock(vcpu)
+            self._end_poll(vcpu, port)
+
+    def _end_poll(self, vcpu: Vcpu, port: int) -> None:
+        if vcpu.polling in (ANY_PORT, port):
+            self.unblock(vcpu)
 
     def _place(self, domain: Domain, port: int) -> tuple[int, int]:
         """Where the pending bit of a port stands: the word's number in machine memory, and the bit."""

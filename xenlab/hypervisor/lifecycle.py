@@ -101,6 +101,8 @@ def add_vcpu(xen: Hypervisor, vcpu: Vcpu) -> None:
 def add_others(xen: Hypervisor, domain: Domain) -> None:
     """Let ``domain`` have all vCPUs that it was made for.  The others are down, with no page tables to run on: what
     they run is up to the first one (`guest_context`)."""
+    if domain.max_vcpus == len(domain.vcpus):
+        return
     try:
         for number in range(len(domain.vcpus), domain.max_vcpus):
             # That of all states made from now on, so of this one.

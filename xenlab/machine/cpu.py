@@ -319,7 +319,7 @@ class ProbedCpu:
         self.handler(vector, 0, 0)
 
     def _install_hooks(self) -> None:
-        engine = self._engine
+        engine, write_cr3 = self._engine, self._engine.write_cr3
 
         def on_interrupt(_engine: int, vector: int, _data: int) -> None:
             state = self.state
@@ -346,7 +346,7 @@ class ProbedCpu:
                 self._fail(failure)
             if self._flush:
                 self._flush = False
-                engine.write_cr3(self.state.cr3)
+                write_cr3(self.state.cr3)
 
         def on_invalid(_engine: int, _data: int) -> bool:
             on_interrupt(0, INVALID_OPCODE, 0)

@@ -101,8 +101,9 @@ class Engine:
         self._callbacks: list[Any] = []
         self._value = ctypes.c_uint64()
         self._write = partial(_direct_reg_write, _ptr(self.handle))
-        self._cr3 = ctypes.c_uint64()
-        number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(self._cr3))
+        value = ctypes.c_uint64()
+        self._cr3 = memoryview(value).cast("B").cast("Q")
+        number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(value))
         self._load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
         self._flags = ctypes.c_uint64()
         number, buffer = ctypes.c_int(REGISTER_IDS["eflags"]), _ptr(ctypes.addressof(self._flags))
@@ -193,7 +194,7 @@ class Engine:
 
     def write_cr3(self, value: int) -> None:
         """Set CR3, which empties the TLB."""
-        self._cr3.value = value
+        self._cr3[0] = value
         self._load_cr3()
 
     def eflags(self) -> int:
