@@ -73,6 +73,7 @@ class EngineRegisters:
         self.exception = partial(_EXCEPTION.unpack_from, self.all, layout.error_code - layout.general)
         old = layout.old_exception - layout.general
         self.old_exception = self.all[old : old + 4].cast("i")
+        # It also keeps the engine, whose memory all this is.
         self.eflags = engine.eflags
 
     def eflags_of(self, raw: memoryview) -> int:
