@@ -281,6 +281,7 @@ class ProbedCpu:
     def _slice(self, count: int, end: int) -> None:
         self._slice_end = min(end, self._base + SLICE)
         self.state.starts()
+        self._old_exception[0] = -1
         self._take_flush()
         self._running = True
         before = self._counter[0] = 0

@@ -12,7 +12,7 @@ swallow it.  `Cpu` catches it in the callback, stops the engine and raises it ag
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -152,8 +152,7 @@ class Engine:
         self.uc.ctl_flush_tb()  # code that is already translated would not report
 
         def end() -> None:
-            for hook in hooks:
-                _hook_del(self.handle, hook)
+            self._end_hooks(hooks)
             self.uc.ctl_flush_tb()
 
         return end
@@ -176,9 +175,16 @@ class Engine:
         self.uc.ctl_flush_tb()  # code that is already translated need not report
 
         def finish(_kept: Any = callback) -> None:
-            _hook_del(self.handle, hook)
+            self._end_hooks([hook])
 
         return finish
+
+    def _end_hooks(self, hooks: Iterable[int]) -> None:
+        # The library looks for the code of a hook by the current tables, and leaves the page faults of that behind.
+        before = Context(self)
+        for hook in hooks:
+            _hook_del(self.handle, hook)
+        before.resume()
 
     def write(self, register: str, value: int) -> None:
         """Set a register by name.  Raises UcError when the library refuses the value."""
