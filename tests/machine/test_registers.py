@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from random import Random
 
 import pytest
 from bare_machine import Bare
@@ -95,6 +97,20 @@ def test_what_is_not_copied_is_not_the_guest_s_to_change(piece: str, ring: int) 
     assert changed <= {*exception, *scratch}, sorted(changed)
 
 
+def test_each_engine_s_registers_are_found_wherever_the_heap_puts_it() -> None:
+    """Among engines made between other things some have a pointer that leads past the CPU by chance."""
+    random, kept = Random(1), []
+    for number in range(60):
+        kept.append([bytearray(random.randrange(100, 60_000)) for _ in range(random.randrange(40))])
+        if random.random() < 0.5:
+            random.shuffle(kept)
+            del kept[: len(kept) // 2]
+        engine = Engine(Memory(1))
+        registers = EngineRegisters(engine, probe())
+        engine.write("esi", number)
+        assert registers.view[1][2 * GENERAL.index("esi")] == number
+
+
 def test_a_library_without_the_pointer_means_the_portable_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_CPU_BYTES_SEARCHED", 64)
     probe.cache_clear()
@@ -106,3 +122,15 @@ def test_a_library_without_the_pointer_means_the_portable_cpu(monkeypatch: pytes
         monkeypatch.undo()
         probe.cache_clear()
     assert isinstance(Machine(1).cpu, ProbedCpu)
+
+
+def test_a_pointer_that_was_right_by_chance_in_one_engine_is_not_followed_in_another() -> None:
+    """What lies just before the CPU in one engine lies elsewhere in the next."""
+    found, engine = probe(), Engine(Memory(1))
+    right = EngineRegisters(engine, found)
+    engine.write("edx", 77)
+    assert right.view[1][4] == 77
+    wrong = tuple((place, distance + 8) for place, distance in found.running)
+    assert EngineRegisters(engine, replace(found, running=wrong + found.running)).view[1][4] == 77
+    with pytest.raises(ProbeError, match="not where they are in another engine"):
+        EngineRegisters(engine, replace(found, running=wrong))

@@ -24,7 +24,7 @@ from unicorn.x86_const import UC_X86_REG_GDTR, UC_X86_REG_ST7, UC_X86_REG_XMM7
 from xenlab.errors import MachineError
 from xenlab.machine.engine import GENERAL, Context, Engine
 from xenlab.machine.memory import Memory
-from xenlab.machine.peek import peeking
+from xenlab.machine.peek import Peek, peeking
 
 # Distances in bytes from the first general register, in QEMU's struct CPUX86State.
 EIP, EFLAGS, CC_SRC, CC_OP, DF, HFLAGS = 128, 136, 152, 168, 172, 176
@@ -51,8 +51,8 @@ class Layout:
         old_exception: 32-bit vector of the exception being delivered, -1 when none is.
         span: so many bytes from the first general register on are all that a guest can change of its CPU.
         counter: 64-bit count of instructions begun in this run, in the engine; the limit follows it.
-        cpu: a pointer in the engine.
-        running: how far behind it the first general register of the CPU that runs is.
+        running: where a pointer in the engine may be, and how far behind it the first general register of the CPU
+            that runs then is.  In one engine all are right; in another some may be, and `running_registers` says.
     """
 
     general: int
@@ -60,8 +60,7 @@ class Layout:
     old_exception: int
     span: int
     counter: int
-    cpu: int
-    running: int
+    running: tuple[tuple[int, int], ...]
 
 
 @cache
@@ -69,11 +68,11 @@ def probe() -> Layout:
     """Find the layout of the library that is loaded.  Raises ProbeError naming what failed."""
     engine = Engine(Memory(1))
     general = _probe_general(engine)
-    cpu, running = _probe_running(engine)
+    running = _probe_running(engine)
     _check_head(engine, general)
     span = _probe_span(engine, general)
     error_code, old_exception = _probe_fault(engine)
-    return Layout(general, error_code, old_exception, span, _probe_counter(engine), cpu, running)
+    return Layout(general, error_code, old_exception, span, _probe_counter(engine), running)
 
 
 def _find(raw: memoryview, value: int, width: int = 4) -> set[int]:
@@ -92,22 +91,46 @@ def _probe_general(engine: Engine) -> int:
     return starts.pop()
 
 
-def _probe_running(engine: Engine) -> tuple[int, int]:
-    """Look behind every number in the engine that could be an address for the registers, which have known values."""
-    numbers = list((ctypes.c_uint64 * (_ENGINE_BYTES_SEARCHED // 8)).from_address(engine.handle))
-    before = _registers(engine, _PATTERN)
+def _probe_running(engine: Engine) -> tuple[tuple[int, int], ...]:
+    """Look behind every number in the engine that could be an address for the registers, which have known values.
+
+    The right pointer leads to the CPU.  Others lead to what happens to lie just before it, in this engine.
+    """
+    found = []
     with peeking() as peek:
-        for place, address in enumerate(numbers):
+        for place, address in enumerate(_numbers(engine)):
             if address % 8 or not _LOWEST_ADDRESS < address < _HIGHEST_ADDRESS:
                 continue
-            distance = peek(address, _CPU_BYTES_SEARCHED).find(before)
-            if distance < 0:
-                continue
-            # A copy of the registers, such as a context, does not follow when they change.
-            if _registers(engine, _PATTERN + 0x100) == peek(address + distance, len(before)):
-                return 8 * place, distance
-            before = _registers(engine, _PATTERN)
-    raise ProbeError("the registers of the running CPU: found behind no pointer of the engine")
+            distance = peek(address, _CPU_BYTES_SEARCHED).find(_registers(engine, _PATTERN))
+            if distance >= 0 and _follow(engine, peek, address + distance):
+                found.append((8 * place, distance))
+    if not found:
+        raise ProbeError("the registers of the running CPU: found behind no pointer of the engine")
+    return tuple(found)
+
+
+def running_registers(engine: Engine, layout: Layout) -> int:
+    """The host's address of the first general register of the CPU that runs.  All general registers are overwritten.
+
+    Raises:
+        ProbeError: it is not where the probe of another engine has found it.
+    """
+    numbers = _numbers(engine)
+    with peeking() as peek:
+        for place, distance in layout.running:
+            address = numbers[place // 8] + distance
+            if _follow(engine, peek, address):
+                return address
+    raise ProbeError("the registers of the running CPU: not where they are in another engine")
+
+
+def _numbers(engine: Engine) -> list[int]:
+    return list((ctypes.c_uint64 * (_ENGINE_BYTES_SEARCHED // 8)).from_address(engine.handle))
+
+
+def _follow(engine: Engine, peek: Peek, address: int) -> bool:
+    """Whether these are the registers themselves.  A copy, such as a context, does not follow when they change."""
+    return all(_registers(engine, first) == peek(address, 8 * len(GENERAL)) for first in (_PATTERN, _PATTERN + 0x100))
 
 
 def _registers(engine: Engine, first: int) -> bytes:
@@ -196,10 +219,9 @@ def _probe_counter(engine: Engine) -> int:
     """Count a known run: the pair (count + 1, count) stands in the engine afterwards."""
     engine.memory.write(0x2000, b"\xeb\xfe")  # jmp to itself
     candidates: set[int] | None = None
-    words = (ctypes.c_uint64 * (_ENGINE_BYTES_SEARCHED // 8)).from_address(engine.handle)
     for count in (0x3A7, 0x2C5):
         engine.start(0x2000, count)
-        seen = list(words)
+        seen = _numbers(engine)
         found = {at for at in range(len(seen) - 1) if seen[at : at + 2] == [count + 1, count]}
         candidates = found if candidates is None else candidates & found
     if not candidates or len(candidates) != 1:

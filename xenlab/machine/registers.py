@@ -7,6 +7,8 @@ The idea: the engine's own structure is read and written where it stands; `layou
 hook for interrupts and between runs nothing of it is held elsewhere.  Of those 5,600 bytes a guest can change the
 first 1,300; so many are copied when another vCPU runs.
 
+Where it is not found in an engine, that one is driven through the public API alone (`portable`).
+
 The invariant: what a guest can change and later observe lies within these.  What breaks without it: one guest sees
 another's registers.
 """
@@ -56,6 +58,9 @@ def view_over(raw: memoryview) -> View:
 class EngineRegisters:
     """The registers of the CPU that runs, in place.
 
+    Raises:
+        ProbeError: they are not found.
+
     Attributes:
         all: everything that a context has of it, from EAX on.
         view: what a guest can change.
@@ -65,9 +70,10 @@ class EngineRegisters:
 
     def __init__(self, engine: Engine, layout: at.Layout) -> None:
         self._scratch = Context(engine)
+        address = at.running_registers(engine, layout)
+        self._scratch.resume()
         size = len(self._scratch.raw) - layout.general
-        cpu = ctypes.c_uint64.from_address(engine.handle + layout.cpu).value
-        self.all = memoryview((ctypes.c_ubyte * size).from_address(cpu + layout.running)).cast("B")
+        self.all = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
         self.view = view_over(self.all[: layout.span])
         self._copy = self._scratch.raw[layout.general : layout.general + layout.span]
         self.exception = partial(_EXCEPTION.unpack_from, self.all, layout.error_code - layout.general)

@@ -12,7 +12,8 @@ Its interrupt hook is a raw ctypes callback that saves the context, reads the ei
 registers and EIP out of it with one ``struct`` call, and restores the context.  Nothing is
 decided, nothing written.  The library is called the way ctypes code plainly calls it, by
 typed prototypes; that xenlab's own CPU uses the engine's registers in place is part of what
-is measured, and lets its hypercall cost less than a floor.  The engine counts instructions, as it does under the hypervisor.
+is measured, and lets its hypercall cost less than a floor.  The engine counts instructions, as it
+does under the hypervisor.
 A sample is the CPU time of one ``uc_emu_start`` of `TRAPS` rounds, divided by `TRAPS`.
 """
 
