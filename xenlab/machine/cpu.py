@@ -219,7 +219,9 @@ class ProbedCpu:
             state.enter(self.state)
             self.state = state
         self._inner[0], self._inner[1] = state.inner_stack
-        self.flush_tlb()
+        # `flush_tlb`, spelled out.
+        self._flush = True
+        self.flushes += 1
 
     def flush_tlb(self) -> None:
         self._flush = True
@@ -320,7 +322,7 @@ class ProbedCpu:
         self.handler(vector, 0, 0)
 
     def _install_hooks(self) -> None:
-        engine, write_cr3 = self._engine, self._engine.write_cr3
+        engine, cr3, load_cr3 = self._engine, self._engine.cr3, self._engine.load_cr3
 
         def on_interrupt(_engine: int, vector: int, _data: int) -> None:
             state = self.state
@@ -347,7 +349,8 @@ class ProbedCpu:
                 self._fail(failure)
             if self._flush:
                 self._flush = False
-                write_cr3(self.state.cr3)
+                cr3[0] = self.state.cr3
+                load_cr3()
 
         def on_invalid(_engine: int, _data: int) -> bool:
             on_interrupt(0, INVALID_OPCODE, 0)

@@ -77,6 +77,7 @@ class Engine:
     Attributes:
         uc: the binding's object, for everything that is not on a trap's path.
         handle: the ``uc_engine`` pointer as an integer.
+        cr3, load_cr3: the two steps of `write_cr3`, for where a call is too much: one number, and what makes it CR3.
 
     Raises:
         MachineError: when libunicorn refuses the memory or is of another version.
@@ -102,9 +103,9 @@ class Engine:
         self._value = ctypes.c_uint64()
         self._write = partial(_direct_reg_write, _ptr(self.handle))
         value = ctypes.c_uint64()
-        self._cr3 = memoryview(value).cast("B").cast("Q")
+        self.cr3 = memoryview(value).cast("B").cast("Q")
         number, buffer = ctypes.c_int(REGISTER_IDS["cr3"]), _ptr(ctypes.addressof(value))
-        self._load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
+        self.load_cr3 = partial(_direct_reg_write, _ptr(self.handle), number, buffer)
         self._flags = ctypes.c_uint64()
         number, buffer = ctypes.c_int(REGISTER_IDS["eflags"]), _ptr(ctypes.addressof(self._flags))
         self._read_flags = partial(_direct_reg_read, _ptr(self.handle), number, buffer)
@@ -200,8 +201,8 @@ class Engine:
 
     def write_cr3(self, value: int) -> None:
         """Set CR3, which empties the TLB."""
-        self._cr3[0] = value
-        self._load_cr3()
+        self.cr3[0] = value
+        self.load_cr3()
 
     def eflags(self) -> int:
         """The flags, whatever form they are kept in."""
