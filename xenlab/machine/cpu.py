@@ -140,7 +140,6 @@ class ProbedCpu:
     def __init__(self, memory: Memory, layout: Layout) -> None:
         self.memory = memory
         self._engine = Engine(memory)
-        self._layout = layout
         words = (ctypes.c_uint64 * 2).from_address(self._engine.handle + layout.counter)
         # [0] counts instructions begun in this slice and is zero between slices, [1] is the limit.
         self._counter = memoryview(words).cast("B").cast("Q")
@@ -194,9 +193,11 @@ class ProbedCpu:
         """The engine as it was after power-on, for something that a new vCPU shall find; then as it was before."""
         kept = bytes(self._registers.all)
         self._registers.all[:] = self._reset
-        yield
-        self._registers.all[:] = kept
-        self._flush = True
+        try:
+            yield
+        finally:
+            self._registers.all[:] = kept
+            self._flush = True
 
     @property
     def instructions(self) -> int:
